@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
@@ -36,7 +37,7 @@ class Recipe(BaseModel):
     @field_validator("passes")
     @classmethod
     def _in_order(cls, value: tuple[Pass, ...]) -> tuple[Pass, ...]:
-        for before, after in zip(value, value[1:], strict=False):
+        for before, after in pairwise(value):
             if after.stage < before.stage:
                 raise ValueError(
                     f"{after.name} ({after.stage.name}) stands after {before.name} "

@@ -1,4 +1,4 @@
-"""The values that the parts of the program hand each other: Request, Token, Run, Reading, …
+"""The values that the parts of the program hand each other: Request, Token, Run, Reading and so on.
 
 What a user types is a frozen pydantic model (its fields carry range, unit and help, and forms,
 validation and documentation read them there); what the program computes is a frozen dataclass.
