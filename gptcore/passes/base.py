@@ -66,6 +66,10 @@ class Pass(BaseModel):
         """Return the sentence that says why this pass cannot run here, or None if it can."""
         return None
 
+    def weights_bytes_after(self, spec: ModelSpec, placement: Placement, before: int) -> int:
+        """Return the resident bytes of the weights after this pass, given those before it."""
+        return before
+
     def apply(self, model: GPT, context: PassContext) -> GPT:
         """Return the converted model; ``model`` itself is the pass's to reuse.
 

@@ -1,0 +1,121 @@
+"""Whether a variant fits into the free memory of its device. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from gptcore.device import PRECISIONS, free_bytes
+from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
+from gptcore.spec import BYTES, ModelSpec
+
+PREFILL_TOKENS = 512
+LIBRARY_BYTES = 64 * 2**20
+"""What the operations' own scratch buffers were seen to take beside the activations."""
+USABLE_RATIO = 0.95
+"""The share of the free memory that a model may take; the rest keeps the machine responsive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a variant fits into the free memory of its device, and what would."""
+
+    fits: bool
+    needed_bytes: int
+    """Weights at the placement's precision + the cache for the context + working space."""
+    free_bytes: int | None
+    sentence: str
+    """Ready to show: what is needed against what is free, and what would fit."""
+    suggestions: tuple[tuple[str, str], ...] = ()
+    """(model, precision) pairs that would fit, the nearest first."""
+
+
+def needed_bytes(variant: Variant, context_tokens: int) -> int:
+    """Return the bytes that ``variant`` takes at its peak with a cache of that many tokens.
+
+    Random weights are made before the passes shrink them; weights on disk are mapped, so that
+    only their converted copy has to stay.
+    """
+    spec, precision = variant.spec, variant.placement.precision
+    start = weights = spec.weights_bytes(precision)
+    for one in variant.recipe.passes:
+        weights = one.weights_bytes_after(spec, variant.placement, weights)
+    if variant.weights_id.startswith("random:"):
+        weights = max(start, weights)
+    cache = context_tokens * spec.kv_bytes_per_token(precision)
+    activations = PREFILL_TOKENS * (6 * spec.width + 3 * spec.hidden) * BYTES[precision]
+    return weights + cache + activations + 4 * spec.vocabulary * 4 + LIBRARY_BYTES
+
+
+def fit(
+    variant: Variant,
+    context_tokens: int,
+    *,
+    others: Iterable[tuple[str, ModelSpec, str]] = (),
+    reusable_bytes: int = 0,
+    free: Callable[[str], int | None] = free_bytes,
+) -> Fit:
+    """Return whether ``variant`` fits, and which of ``others`` would.
+
+    Args:
+        variant: what was chosen.
+        context_tokens: positions of the cache.
+        others: (name, spec, weights id) of models to suggest from.
+        reusable_bytes: what loaded models hold and would give back.
+        free: bytes that can be allocated on a device, None where unknown.
+    """
+    device = variant.placement.device
+    needed = needed_bytes(variant, context_tokens)
+    available = free(device)
+    if available is None:
+        return Fit(True, needed, None, f"{gib(needed)} needed; free memory is unknown.")
+    available += reusable_bytes
+    if needed <= available * USABLE_RATIO:
+        return Fit(True, needed, available, f"{gib(needed)} needed, {gib(available)} free.")
+    suggestions = _suggestions(variant, context_tokens, others, available * USABLE_RATIO)
+    named = " or ".join(f"{name} in {precision}" for name, precision in suggestions)
+    weights = variant.spec.weights_bytes(variant.placement.precision)
+    return Fit(
+        False,
+        needed,
+        available,
+        f"{variant.model} in {variant.precision} does not fit on {device}: its "
+        f"{variant.spec.parameters:,} parameters take {weights / 1e9:,.0f} GB, "
+        f"{gib(needed)} with cache and working space, and {gib(available)} are free. "
+        + (f"What would fit: {named}." if named else "Free some memory and try again."),
+        suggestions,
+    )
+
+
+def gib(size: float) -> str:
+    """Return bytes as a person reads them: ``1.3 GiB``, ``812 MiB``."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _suggestions(
+    variant: Variant,
+    context_tokens: int,
+    others: Iterable[tuple[str, ModelSpec, str]],
+    budget: float,
+) -> tuple[tuple[str, str], ...]:
+    candidates = []
+    same = (variant.model, variant.spec, variant.weights_id)
+    for name, spec, weights_id in (same, *others):
+        for precision in (*PRECISIONS, *SHORTHANDS):
+            if precision == variant.precision and name == variant.model:
+                continue
+            placement, recipe = place(
+                precision, variant.placement.device, variant.placement.threads, Recipe()
+            )
+            if any(one.blocked_by(spec, placement) for one in recipe.passes):
+                continue
+            other = Variant(
+                model=name, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
+            )
+            if needed_bytes(other, min(context_tokens, spec.context)) <= budget:
+                distance = abs(spec.parameters - variant.spec.parameters)
+                candidates.append((distance, precision != variant.precision, name, precision))
+    chosen: dict[str, str] = {}
+    for _, _, name, precision in sorted(candidates):
+        chosen.setdefault(name, precision)
+    return tuple(chosen.items())[:2]

@@ -1,0 +1,359 @@
+"""The server's side of a host: a queue, one host process at a time, and what runs now. No torch.
+
+The queue lives here, so that what waits survives the death of a host. One thread a device hands
+over the work and waits for its end; one thread a process reads its events.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptcore.errors import HostLost
+from gptcore.host.wire import encode, run_from_json, run_to_json, token_from_json
+from gptcore.paths import ROOT
+from gptcore.recipe import Variant
+from gptcore.records import Request, Run, RunState, Token, now
+
+START_S = 60.0
+"""How long a host may take to say hello; importing torch took 2 s here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A variant that a host has in memory."""
+
+    hash: str
+    model: str
+    precision: str
+    resident_bytes: int
+    coverage: Mapping[str, Any]
+
+
+class LiveRun:
+    """A run that is queued, running, or has just ended: what the pages look at."""
+
+    def __init__(self, run: Run) -> None:
+        self._lock = threading.Lock()
+        self._run = run
+        self._tokens: list[Token] = []
+        self._phase = "queued"
+        self._progress: float | None = None
+        self.ended = threading.Event()
+        self.logits: tuple[tuple[int, ...], np.ndarray] | None = None
+        self.problem: str | None = None
+        """Why the run could not be saved, where it could not."""
+        self.cancelled = threading.Event()
+
+    def look(self) -> tuple[Run, tuple[Token, ...], str, float | None]:
+        """Return run (with the text so far), tokens, phase and progress, all of one moment."""
+        with self._lock:
+            run, tokens = self._run, tuple(self._tokens)
+            phase, progress = self._phase, self._progress
+        if not run.state.final:
+            run = replace(run, text="".join(token.text for token in tokens))
+        return run, tokens, phase, progress
+
+    def change(self, **changes: Any) -> Run:
+        """Replace fields of the run and return it."""
+        with self._lock:
+            self._run = replace(self._run, **changes)
+            return self._run
+
+    def say(self, phase: str, progress: float | None = None) -> None:
+        """Set the phase that a page shows."""
+        with self._lock:
+            self._phase, self._progress = phase, progress
+
+    def add(self, token: Token) -> None:
+        """Take one more token."""
+        with self._lock:
+            self._tokens.append(token)
+            self._phase, self._progress = "writing", None
+
+    def end(self, run: Run) -> None:
+        """Take the final state."""
+        with self._lock:
+            self._run = run
+            self._phase, self._progress = str(run.state), None
+        self.ended.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One piece of work for a host."""
+
+    live: LiveRun
+    run_id: str
+    op: str
+    variant: Variant
+    request: Request
+    sent_at: float
+    answer_ids: tuple[int, ...] = ()
+
+
+class HostClient:
+    """Owns the queue of one device and the process that works it off."""
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        database_url: str | None,
+        log_file: Path,
+        on_token: Callable[[Token], None] = lambda token: None,
+        on_ended: Callable[[LiveRun, bool], None] = lambda live, saved: None,
+    ) -> None:
+        """Start the dispatching thread; the process starts with the first work, or ``warm``.
+
+        Args:
+            device: its id.
+            database_url: where the host writes runs; None if it shall not.
+            log_file: takes the host's standard error.
+            on_token: called with every token.
+            on_ended: called with every ended run, and whether the host saved it.
+        """
+        self.device = device
+        self._database_url = database_url
+        self._log_file = log_file
+        self._on_token = on_token
+        self._on_ended = on_ended
+        self._changed = threading.Condition()
+        self._waiting: deque[Order | str] = deque()
+        self._current: Order | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._held: tuple[Held, ...] = ()
+        self._hello: Mapping[str, Any] | None = None
+        self._restarts = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._dispatch, name=f"host {device}", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the host, None while there is none."""
+        process = self._process
+        return process.pid if process and process.poll() is None else None
+
+    @property
+    def held(self) -> tuple[Held, ...]:
+        """What the host has in memory."""
+        return self._held if self.pid else ()
+
+    @property
+    def running(self) -> LiveRun | None:
+        """What is being worked on."""
+        current = self._current
+        return current.live if current else None
+
+    @property
+    def waiting(self) -> int:
+        """How many runs wait."""
+        return sum(isinstance(one, Order) for one in tuple(self._waiting))
+
+    def describe(self) -> str:
+        """Return the state of the host in a few words."""
+        if not self.pid:
+            return "not started" if not self._restarts else "ended; starts with the next run"
+        state = "busy" if self._current else "idle"
+        return f"{state}, process {self.pid}, {len(self._held)} loaded, {self.waiting} waiting"
+
+    def warm(self) -> None:
+        """Start the process now, so that the first run need not wait for it."""
+        self._put("warm")
+
+    def unload(self) -> None:
+        """Free the memory of what is loaded, after the work in hand."""
+        self._put("unload")
+
+    def submit(self, order: Order) -> None:
+        """Put one piece of work at the end of the queue."""
+        self._put(order)
+
+    def place(self, run_id: str) -> int | None:
+        """Return the run's place in the queue (1 is next), None if it does not wait."""
+        waiting = [one.run_id for one in tuple(self._waiting) if isinstance(one, Order)]
+        return waiting.index(run_id) + 1 if run_id in waiting else None
+
+    def cancel(self, run_id: str) -> None:
+        """End a run: at once if it waits, within one token if it runs."""
+        with self._changed:
+            for one in self._waiting:
+                if isinstance(one, Order) and one.run_id == run_id:
+                    self._waiting.remove(one)
+                    self._end(one, RunState.CANCELLED, None)
+                    return
+            current = self._current
+        if current and current.run_id == run_id:
+            current.live.cancelled.set()
+            self._send({"op": "cancel", "id": run_id})
+
+    def close(self) -> None:
+        """End the process; what runs becomes interrupted, what waits too."""
+        with self._changed:
+            self._closed = True
+            waiting = [one for one in self._waiting if isinstance(one, Order)]
+            self._waiting.clear()
+            self._changed.notify_all()
+        for one in waiting:
+            self._end(one, RunState.INTERRUPTED, "The server ended before its turn came.")
+        process = self._process
+        if process and process.stdin:
+            process.stdin.close()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._thread.join(timeout=5)
+
+    def _put(self, one: Order | str) -> None:
+        with self._changed:
+            self._waiting.append(one)
+            self._changed.notify_all()
+
+    def _dispatch(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                one = self._waiting.popleft()
+                self._current = one if isinstance(one, Order) else None
+            try:
+                self._start()
+            except HostLost as error:
+                if isinstance(one, Order):
+                    self._end(one, RunState.FAILED, str(error), HostLost.kind)
+            else:
+                self._hand_over(one)
+            self._current = None
+
+    def _hand_over(self, one: Order | str) -> None:
+        if isinstance(one, str):
+            if one == "unload":
+                self._send({"op": "unload"})
+            return
+        run = one.live.change(state=RunState.RUNNING, started_at=now())
+        one.live.say("starting")
+        self._send(
+            {
+                "op": one.op,
+                "run": run_to_json(run),
+                "variant": one.variant.model_dump(mode="json"),
+                "request": one.request.model_dump(mode="json"),
+                "answer_ids": one.answer_ids,
+                "sent_at": one.sent_at,
+            }
+        )
+        if one.live.cancelled.is_set():
+            self._send({"op": "cancel", "id": one.run_id})
+        process = self._process
+        while not one.live.ended.wait(0.2):
+            if process is None or process.poll() is not None:
+                self._lost(one, process)
+
+    def _lost(self, order: Order, process: subprocess.Popen[bytes] | None) -> None:
+        time.sleep(0.1)  # lets the reader take what was still in the pipe
+        if order.live.ended.is_set():
+            return
+        code = process.returncode if process else None
+        how = f"was killed by signal {-code}" if code and code < 0 else f"ended with status {code}"
+        if self._closed:
+            self._end(order, RunState.INTERRUPTED, "The server ended while this was running.")
+        else:
+            self._end(
+                order,
+                RunState.FAILED,
+                f"The process that worked on {self.device} {how}; a new one starts with the "
+                "next run.",
+                HostLost.kind,
+            )
+
+    def _end(
+        self, order: Order, state: RunState, sentence: str | None, kind: str | None = None
+    ) -> None:
+        run, *_ = order.live.look()
+        run = replace(run, state=state, ended_at=now(), error=sentence, error_kind=kind)
+        order.live.end(run)
+        self._on_ended(order.live, False)
+
+    def _start(self) -> None:
+        if self.pid:
+            return
+        self._hello, self._held = None, ()
+        command = [sys.executable, "-m", "gptcore.host", "--device", self.device]
+        if self._database_url:
+            command += ["--database", self._database_url]
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT
+            )
+        self._restarts += 1
+        threading.Thread(
+            target=self._read, args=(self._process,), name=f"events {self.device}", daemon=True
+        ).start()
+        deadline = time.monotonic() + START_S
+        while self._hello is None:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.kill()
+                raise HostLost(
+                    f"The process for {self.device} did not start; {self._log_file} has the reason."
+                )
+            time.sleep(0.01)
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        try:
+            with self._changed:
+                process.stdin.write(encode(message))
+                process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            return  # the process is gone; whoever waits for it sees that
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            message = json.loads(line)
+            event = message["event"]
+            if event == "hello":
+                self._hello = message
+            elif event == "loaded":
+                self._held = tuple(
+                    Held(v["hash"], v["model"], v["precision"], v["bytes"], v["coverage"])
+                    for v in message["variants"]
+                )
+            else:
+                current = self._current
+                if current is not None and current.run_id == message["id"]:
+                    self._hear(current, event, message)
+
+    def _hear(self, order: Order, event: str, message: Mapping[str, Any]) -> None:
+        live = order.live
+        if event == "token":
+            token = token_from_json(message["token"])
+            live.add(token)
+            self._on_token(token)
+        elif event == "phase":
+            live.say(message["phase"], message["progress"])
+        elif event == "ended":
+            if "logits" in message:
+                logits = np.frombuffer(base64.b64decode(message["logits"]), dtype="<f4")
+                live.logits = (tuple(message["ids"]), logits)
+            live.end(run_from_json(message["run"]))
+            self._on_ended(live, bool(message["saved"]))

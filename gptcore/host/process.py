@@ -1,0 +1,203 @@
+"""The host process: orders come as JSON lines on standard input, events leave on the output.
+
+Orders: ``run`` (a generation or a look at logits), ``cancel``, ``unload``. Events: ``hello``,
+``phase``, ``token``, ``ended``, ``loaded``. The end of the input means that the server is gone:
+what runs is interrupted, written down, and the process ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+from gptcore.catalogue import Catalogue
+from gptcore.errors import Cancelled, GptcoreError, StoreError
+from gptcore.host.wire import encode, run_from_json, run_to_json, token_to_json
+from gptcore.host.worker import Watcher, Worker
+from gptcore.paths import models_dir
+from gptcore.recipe import Variant
+from gptcore.records import Request, Run, RunState, Token, now
+from gptcore.store import Store, open_store
+
+FAREWELL_S = 3.0
+"""How long a host may take to write down an interrupted run before it is ended anyway."""
+
+
+class HostProcess:
+    """Reads orders in one thread and works in the other, the main one."""
+
+    def __init__(
+        self, device: str, store: Store | None, orders: BinaryIO, events: BinaryIO
+    ) -> None:
+        self._worker = Worker(device, Catalogue(models_dir()))
+        self._store = store
+        self._orders = orders
+        self._events = events
+        self._sending = threading.Lock()
+        self._work: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._cancelled: set[str] = set()
+        self._server_gone = threading.Event()
+
+    def serve(self) -> None:
+        """Work until the input ends."""
+        threading.Thread(target=self._listen, name="orders", daemon=True).start()
+        import torch
+
+        self._send({"event": "hello", "pid": os.getpid(), "torch": str(torch.__version__)})
+        while (order := self._work.get()) is not None:
+            if order["op"] == "unload":
+                self._worker.unload()
+            else:
+                self._run(order)
+            self._send_loaded()
+
+    def _listen(self) -> None:
+        for line in self._orders:
+            order = json.loads(line)
+            if order["op"] == "cancel":
+                self._cancelled.add(order["id"])
+            else:
+                self._work.put(order)
+        self._server_gone.set()
+        self._work.put(None)
+        farewell = threading.Timer(FAREWELL_S, os._exit, (0,))
+        farewell.daemon = True
+        farewell.start()
+
+    def _run(self, order: Mapping[str, Any]) -> None:
+        run = run_from_json(order["run"])
+        watcher = Watcher(
+            cancelled=lambda: run.id in self._cancelled or self._server_gone.is_set(),
+            on_phase=lambda phase, progress: self._send(
+                {"event": "phase", "id": run.id, "phase": phase, "progress": progress}
+            ),
+            on_token=lambda token: self._send(
+                {"event": "token", "id": run.id, "token": token_to_json(token)}
+            ),
+        )
+        try:
+            variant = Variant.model_validate(order["variant"])
+            request = Request.model_validate(order["request"])
+            if order["op"] == "generate":
+                self._save(
+                    lambda store: store.update_run(run.id, state=RunState.RUNNING, started_at=now())
+                )
+                finished, tokens = self._worker.generate(
+                    run, variant, request, watcher, sent_at=order["sent_at"]
+                )
+                self._finish(finished, tokens)
+            else:
+                self._look(run, variant, request, order["answer_ids"], watcher)
+        except Exception:  # the loop must live on; the run says what happened, the log says where
+            traceback.print_exc(file=sys.stderr)
+            last = traceback.format_exc().strip().splitlines()[-1]
+            self._finish(
+                replace(
+                    run,
+                    state=RunState.FAILED,
+                    ended_at=now(),
+                    error_kind="internal_error",
+                    error=f"An error of this program, not yours: {last}. The host's log has more.",
+                ),
+                (),
+            )
+        finally:
+            self._cancelled.discard(run.id)
+
+    def _look(
+        self, run: Run, variant: Variant, request: Request, answer_ids: list[int], watcher: Watcher
+    ) -> None:
+        try:
+            ids, logits = self._worker.next_logits(variant, request, answer_ids, watcher)
+        except Cancelled as error:
+            self._end(replace(run, state=RunState.CANCELLED, error=str(error)), saved=True)
+        except GptcoreError as error:
+            failed = replace(run, state=RunState.FAILED, error_kind=error.kind, error=str(error))
+            self._end(failed, saved=True)
+        else:
+            packed = base64.b64encode(logits.astype("<f4").tobytes()).decode()
+            self._end(replace(run, state=RunState.DONE), saved=True, ids=ids, logits=packed)
+
+    def _finish(self, run: Run, tokens: tuple[Token, ...]) -> None:
+        if self._server_gone.is_set() and run.state is RunState.CANCELLED:
+            run = replace(
+                run,
+                state=RunState.INTERRUPTED,
+                error_kind="interrupted",
+                error="The server ended while this was running.",
+            )
+        self._end(run, saved=self._save(lambda store: store.finish_run(run, tokens)))
+
+    def _end(self, run: Run, **more: Any) -> None:
+        self._send({"event": "ended", "id": run.id, "run": run_to_json(run), **more})
+
+    def _save(self, write: Callable[[Store], None]) -> bool:
+        if self._store is None:
+            return False
+        try:
+            write(self._store)
+        except StoreError as error:
+            print(f"could not be saved: {error}", file=sys.stderr)  # noqa: T201
+            return False
+        return True
+
+    def _send_loaded(self) -> None:
+        self._send(
+            {
+                "event": "loaded",
+                "variants": [
+                    {
+                        "hash": key,
+                        "model": one.variant.model,
+                        "precision": one.variant.precision,
+                        "bytes": one.resident_bytes,
+                        "coverage": {
+                            name: {
+                                "converted_weights": c.converted_weights,
+                                "total_weights": c.total_weights,
+                                "skipped": c.skipped,
+                            }
+                            for name, c in one.coverage.items()
+                        },
+                    }
+                    for key, one in self._worker.loaded.items()
+                ],
+            }
+        )
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        try:
+            with self._sending:
+                self._events.write(encode(message))
+                self._events.flush()
+        except (BrokenPipeError, ValueError):
+            self._server_gone.set()
+
+
+def main() -> None:
+    """Run a host until its input ends."""
+    parser = argparse.ArgumentParser(prog="gptcore.host")
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--database", help="its URL; without one nothing is saved here")
+    arguments = parser.parse_args()
+    # Libraries that print must not disturb the events: the output is kept under another number.
+    events = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; its end is our end
+    store = None
+    if arguments.database:
+        try:
+            store = open_store(arguments.database)
+        except StoreError as error:
+            print(error, file=sys.stderr)  # noqa: T201
+    HostProcess(arguments.device, store, sys.stdin.buffer, events).serve()

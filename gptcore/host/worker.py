@@ -1,0 +1,308 @@
+"""The work on a device: keep variants loaded, generate, look at logits. Imports torch lazily.
+
+Used by the host process, and by the command line in its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gptcore.catalogue import Catalogue
+from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
+from gptcore.fit import fit
+from gptcore.host.lock import device_lock
+from gptcore.measure.memory import PeakMemory, weight_bytes
+from gptcore.measure.peaks import peak_bandwidth
+from gptcore.passes.base import Coverage, PassContext
+from gptcore.recipe import Variant
+from gptcore.records import FinishReason, Numbers, Request, Run, RunState, Token, now
+
+if TYPE_CHECKING:
+    from gptcore.engine import Engine, Generation
+
+MAX_LOADED = 3
+"""Variants kept loaded at most; the least recently used goes first."""
+
+
+@dataclass(slots=True)
+class Watcher:
+    """What the caller wants to hear, and how it says stop."""
+
+    cancelled: Callable[[], bool] = lambda: False
+    on_phase: Callable[[str, float | None], None] = lambda phase, progress: None
+    on_token: Callable[[Token], None] = lambda token: None
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A variant in memory."""
+
+    variant: Variant
+    engine: Engine
+    resident_bytes: int
+    step_bytes: int
+    """Weight bytes that one decode step reads."""
+    coverage: dict[str, Coverage]
+
+
+class Worker:
+    """Owns a device; every method does one piece of work and returns."""
+
+    def __init__(
+        self,
+        device: str,
+        catalogue: Catalogue,
+        *,
+        wait: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.device = device
+        self.loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._catalogue = catalogue
+        self._wait = wait
+        self._clock = clock
+
+    def generate(
+        self, run: Run, variant: Variant, request: Request, watcher: Watcher, *, sent_at: float
+    ) -> tuple[Run, tuple[Token, ...]]:
+        """Generate, and return the finished run with all its tokens.
+
+        What a user can cause ends the run as failed or cancelled; it is not raised.
+
+        Args:
+            run: as queued.
+            variant: what to generate with.
+            request: what to generate.
+            watcher: hears phases and tokens.
+            sent_at: when the request was sent, on the monotonic clock of this machine.
+        """
+        tokens: list[Token] = []
+        started_at = now()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self._lock("generate", watcher))
+                queue_s = self._clock() - sent_at
+                memory = stack.enter_context(PeakMemory(self.device))
+                before = self._clock()
+                loaded = self.load(variant, watcher, request=request)
+                load_s = self._clock() - before
+                watcher.on_phase("reading the prompt", None)
+                generation = loaded.engine.start(
+                    request, sent_at=sent_at, cancelled=watcher.cancelled
+                )
+                for token in generation:
+                    tokens.append(token)
+                    watcher.on_token(token)
+            numbers = self._numbers(
+                loaded, generation, queue_s, load_s, memory.peak_bytes, self._clock() - sent_at
+            )
+        except Cancelled as error:
+            return self._ended(run, started_at, tokens, RunState.CANCELLED, error), tuple(tokens)
+        except GptcoreError as error:
+            return self._ended(run, started_at, tokens, RunState.FAILED, error), tuple(tokens)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            failure = DoesNotFit(
+                f"{variant.model} in {variant.precision} ran out of memory on {self.device}; "
+                "choose a smaller size, precision or limit."
+            )
+            return self._ended(run, started_at, tokens, RunState.FAILED, failure), tuple(tokens)
+        cancelled = generation.finish_reason is FinishReason.CANCELLED
+        state = RunState.CANCELLED if cancelled else RunState.DONE
+        finished = self._ended(run, started_at, tokens, state, None)
+        return replace(finished, numbers=numbers), tuple(tokens)
+
+    def next_logits(
+        self,
+        variant: Variant,
+        request: Request,
+        answer_ids: Sequence[int],
+        watcher: Watcher,
+    ) -> tuple[tuple[int, ...], np.ndarray]:
+        """Return the ids of prompt + answer and the logits after them, (V,) float32."""
+        with self._lock("look at the next token", watcher):
+            loaded = self.load(variant, watcher, request=request)
+            watcher.on_phase("reading the prompt", None)
+            prompt, _ = loaded.engine.prompt_ids(request)
+            ids = (*prompt, *answer_ids)
+            return ids, loaded.engine.next_logits(ids, cancelled=watcher.cancelled)
+
+    def load(self, variant: Variant, watcher: Watcher, *, request: Request | None = None) -> Loaded:
+        """Return the variant in memory, loading it if it is not there.
+
+        Raises:
+            DoesNotFit: checked before anything is allocated.
+            InvalidWeights: the weights are not those the variant names, or are damaged.
+            InvalidInput: a pass cannot run here.
+        """
+        import torch
+
+        torch.set_num_threads(variant.placement.resolved_threads)
+        if variant.hash in self.loaded:
+            self.loaded.move_to_end(variant.hash)
+            return self.loaded[variant.hash]
+        self._make_room(variant, request)
+        watcher.on_phase("loading weights", 0.0)
+        loaded = self._built(variant, watcher)
+        self.loaded[variant.hash] = loaded
+        return loaded
+
+    def unload(self) -> None:
+        """Free the memory of every loaded variant."""
+        import gc
+
+        self.loaded.clear()
+        gc.collect()
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+        _trim_heap()
+
+    def _lock(self, purpose: str, watcher: Watcher) -> AbstractContextManager[None]:
+        return device_lock(
+            self.device,
+            purpose,
+            wait=self._wait,
+            cancelled=watcher.cancelled,
+            on_wait=lambda holder: watcher.on_phase(f"waiting: {self.device} has {holder}", None),
+        )
+
+    def _make_room(self, variant: Variant, request: Request | None) -> None:
+        tokens = request.max_new_tokens + 1024 if request else 1024
+        tokens = min(tokens, variant.spec.context)
+        while True:
+            if len(self.loaded) < MAX_LOADED:
+                checked = fit(variant, tokens)
+                if checked.fits:
+                    return
+                if not self.loaded:
+                    raise DoesNotFit(checked.sentence)
+            self.loaded.popitem(last=False)
+            if not self.loaded:
+                self.unload()
+
+    def _built(self, variant: Variant, watcher: Watcher) -> Loaded:
+        from gptcore import weights
+        from gptcore.engine import Engine
+        from gptcore.tokenizer import byte_tokenizer, load_tokenizer
+
+        def progress(ratio: float) -> None:
+            if watcher.cancelled():
+                raise Cancelled("Cancelled while the weights were being loaded.")
+            watcher.on_phase("loading weights", ratio)
+
+        placement = variant.placement
+        if variant.weights_id.startswith("random:"):
+            seed = int(variant.weights_id.removeprefix("random:"))
+            model = weights.build_random(variant.spec, placement, seed, progress)
+            tokenizer = byte_tokenizer(variant.spec.vocabulary)
+        else:
+            checkpoint = self._catalogue.checkpoint(variant.model, progress)
+            if checkpoint.weights_id != variant.weights_id:
+                raise InvalidWeights(
+                    f"The weights of {variant.model} changed on disk since they were chosen: "
+                    "choose the model again."
+                )
+            model = weights.build(checkpoint, placement, progress)
+            tokenizer = load_tokenizer(Path(checkpoint.directory))
+        context = PassContext(placement=placement, progress=progress)
+        for one in variant.recipe.passes:
+            if blocked := one.blocked_by(variant.spec, placement):
+                raise InvalidInput(f"{one.title} cannot run here: {blocked}")
+            watcher.on_phase(f"applying {one.title.lower()}", None)
+            model = one.apply(model, context)
+        model.eval()
+        resident_bytes, step_bytes = weight_bytes(model)
+        return Loaded(
+            variant=variant,
+            engine=Engine(model, tokenizer, clock=self._clock),
+            resident_bytes=resident_bytes,
+            step_bytes=step_bytes,
+            coverage=context.coverage,
+        )
+
+    def _numbers(
+        self,
+        loaded: Loaded,
+        generation: Generation,
+        queue_s: float,
+        load_s: float,
+        peak_memory_bytes: int,
+        e2e_s: float,
+    ) -> Numbers:
+        n_out = generation.new_tokens
+        ttft_s, last_s = generation.first_s, generation.last_s
+        decode_s = last_s - ttft_s if last_s is not None and ttft_s is not None else None
+        tpot_s = decode_s / (n_out - 1) if decode_s and n_out >= 2 else None
+        spec, placement = loaded.variant.spec, loaded.variant.placement
+        read = len(generation.prompt_ids) + len(generation.request.forced_ids)
+        kv = (read + n_out / 2) * spec.kv_bytes_per_token(placement.precision)
+        step_bytes = int(loaded.step_bytes + kv)
+        mbu_ratio = peak = None
+        if tpot_s:
+            threads = placement.resolved_threads
+            peak = peak_bandwidth(
+                self.device, loaded.step_bytes, threads, at_least=step_bytes / tpot_s
+            ).bytes_per_s
+            mbu_ratio = step_bytes / tpot_s / peak
+        return Numbers(
+            prompt_tokens=len(generation.prompt_ids),
+            new_tokens=n_out,
+            finish_reason=str(generation.finish_reason),
+            queue_s=queue_s,
+            load_s=load_s,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            e2e_s=last_s if last_s is not None else e2e_s,
+            prefill_tokens_per_s=read / generation.prefill_s if generation.prefill_s else None,
+            decode_tokens_per_s=1 / tpot_s if tpot_s else None,
+            peak_memory_bytes=peak_memory_bytes,
+            mbu_ratio=mbu_ratio,
+            mbu_bytes_per_step=step_bytes if tpot_s else None,
+            mbu_peak_bytes_per_s=peak,
+            cut_tokens=generation.cut_tokens,
+        )
+
+    @staticmethod
+    def _ended(
+        run: Run,
+        started_at: datetime,
+        tokens: Sequence[Token],
+        state: RunState,
+        error: GptcoreError | None,
+    ) -> Run:
+        return replace(
+            run,
+            state=state,
+            started_at=started_at,
+            ended_at=now(),
+            text="".join(token.text for token in tokens),
+            error_kind=error.kind if error else None,
+            error=str(error) if error else None,
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether torch (which raises RuntimeError for it) or Python ran out of memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def _trim_heap() -> None:
+    """Give freed heap pages back to the system at once, where the C library can (glibc)."""
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

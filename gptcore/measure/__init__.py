@@ -1,0 +1,1 @@
+"""Measuring: memory, peaks of the machine, and what a generation cost."""

@@ -1,0 +1,85 @@
+"""Peak memory while something runs: the largest resident set (CPU) or allocation (GPU)."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from torch import nn
+
+INTERVAL_S = 0.01
+
+
+class PeakMemory:
+    """Watches this process while a ``with`` block lasts; ``peak_bytes`` is the largest seen.
+
+    On a CPU that is the resident set, looked at 100 times a second, mapped weights included. On
+    a CUDA device it is the largest number of bytes that torch had allocated.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.peak_bytes = 0
+        self._device = device
+        self._process = psutil.Process()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        if self._on_cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._look()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._on_cuda:
+            import torch
+
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._look()
+            self._ended.set()
+            self._thread.join()
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._device.startswith("cuda")
+
+    def _watch(self) -> None:
+        while not self._ended.wait(INTERVAL_S):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+
+
+def weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of all weights, and of those that one decode step reads.
+
+    A step multiplies with every linear layer, the head included, and picks one row of an
+    embedding, which is not counted. Tensors that share storage (a tied head) count once. A
+    module that packs its weights out of torch's sight says how many in ``packed_bytes``.
+    """
+    from torch import nn
+
+    seen: dict[int, int] = {}
+    packed = step = 0
+    for module in model.modules():
+        own = {p.data_ptr(): p.nbytes for p in module.parameters(recurse=False)}
+        if not isinstance(module, nn.Embedding):
+            step += sum(own.values())
+        seen |= own
+        packed += getattr(module, "packed_bytes", 0)
+    return sum(seen.values()) + packed, step + packed
