@@ -1,0 +1,253 @@
+"""A GPT, top to bottom: attention, MLP, block, model, cache. Both shapes in one file.
+
+By the fields of ``ModelSpec`` the same code is GPT-2 and GPT-3 (learned positions, LayerNorm,
+GELU, biases; Radford et al. 2019) or Llama and Qwen (rotary positions, RMSNorm, SwiGLU, grouped
+queries; Touvron et al. 2023, arXiv:2302.13971; Yang et al. 2025, arXiv:2505.09388).
+
+Letters of shapes: B batch, T new tokens, S tokens known so far, H query heads, G key/value heads,
+D head width, W model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptcore.errors import ContextOverflow
+from gptcore.spec import ModelSpec, RopeScaling
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once; ``length`` positions are filled."""
+
+    def __init__(
+        self, spec: ModelSpec, capacity: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (spec.layers, batch, spec.kv_heads, capacity, spec.head_width)
+        self.k = torch.empty(shape, dtype=dtype, device=device)  # (L, B, G, capacity, D)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, G, T, D) behind what is known and return all of it, (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+
+class Attention(nn.Module):
+    """Multi-head attention, with fewer key/value heads than query heads where the spec says so."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q = nn.Linear(spec.width, spec.q_width, bias=spec.qkv_bias)
+        self.k = nn.Linear(spec.width, spec.kv_width, bias=spec.qkv_bias)
+        self.v = nn.Linear(spec.width, spec.kv_width, bias=spec.qkv_bias)
+        self.out = nn.Linear(spec.q_width, spec.width, bias=spec.bias)
+        if spec.qk_norm:
+            self.q_norm = nn.RMSNorm(spec.head_width, eps=spec.norm_eps)
+            self.k_norm = nn.RMSNorm(spec.head_width, eps=spec.norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        spec = self.spec
+        q = self.q(x).unflatten(-1, (spec.heads, spec.head_width)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).unflatten(-1, (spec.kv_heads, spec.head_width)).transpose(1, 2)
+        v = self.v(x).unflatten(-1, (spec.kv_heads, spec.head_width)).transpose(1, 2)
+        if spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, G, S, D)
+        y = attend(q, k, v)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, W)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Let the last T of S positions look at themselves and all before.
+
+    Source: Vaswani et al. 2017, section 3.2.1, arXiv:1706.03762; grouped queries: Ainslie et al.
+    2023, arXiv:2305.13245.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, S, D), S ≥ T; H is a multiple of G.
+        v: (B, G, S, D).
+
+    Returns:
+        (B, H, T, D), dtype of ``q``.
+    """
+    new, known = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if new == known or new == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, enable_gqa=grouped)
+    # is_causal aligns its triangle to the upper left corner; the new positions are the last ones.
+    rows = torch.arange(known - new, known, device=q.device)[:, None]
+    allowed = rows >= torch.arange(known, device=q.device)  # (T, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=grouped)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (i, i + D/2) by their position's angle.
+
+    Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of Llama's checkpoints.
+
+    Args:
+        x: (B, H, T, D).
+        cos: (T, D), the same for both halves.
+        sin: (T, D), negated in the first half.
+
+    Returns:
+        As ``x``.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + swapped * sin
+
+
+def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the angles, each (positions, D) float32; sin has its sign."""
+    steps = torch.arange(0, spec.head_width, 2, dtype=torch.float32) / spec.head_width
+    frequencies = spec.rope_theta**-steps  # (D/2,)
+    if spec.rope_scaling is not None:
+        frequencies = stretched(frequencies, spec.rope_scaling)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
+
+
+def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Return Llama 3's frequencies: slow turns slowed by ``factor``, fast ones kept.
+
+    Source: Grattafiori et al. 2024, arXiv:2407.21783, section 3.2, as released with Llama 3.1.
+    """
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+class MLP(nn.Module):
+    """The position-wise network: GELU between two layers, or SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.swiglu = spec.mlp == "swiglu"
+        self.approximate = "tanh" if spec.gelu == "tanh" else "none"
+        if self.swiglu:
+            self.gate = nn.Linear(spec.width, spec.hidden, bias=spec.bias)
+        self.up = nn.Linear(spec.width, spec.hidden, bias=spec.bias)
+        self.down = nn.Linear(spec.hidden, spec.width, bias=spec.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.swiglu:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+def norm(spec: ModelSpec) -> nn.Module:
+    """Return the spec's normalisation over the model's width."""
+    kind = nn.LayerNorm if spec.norm == "layernorm" else nn.RMSNorm
+    return kind(spec.width, eps=spec.norm_eps)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attention_norm = norm(spec)
+        self.attention = Attention(spec)
+        self.mlp_norm = norm(spec)
+        self.mlp = MLP(spec)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Token ids in, logits out."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocabulary, spec.width)
+        if spec.position == "learned":
+            self.positions = nn.Embedding(spec.context, spec.width)
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.norm = norm(spec)
+        self.head = nn.Linear(spec.width, spec.vocabulary, bias=False)
+        if spec.tied_head:
+            self.head.weight = self.embedding.weight
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
+        """Return the logits after each of T tokens.
+
+        Args:
+            ids: (B, T) int64.
+            cache: what is known so far; the tokens stand behind it and are added to it.
+            last_only: compute the head for the last position only.
+
+        Returns:
+            (B, T, V), or (B, 1, V) with ``last_only``.
+
+        Raises:
+            ContextOverflow: more positions than the spec's context or the cache's capacity.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + ids.shape[1]
+        room = self.spec.context if cache is None else min(self.spec.context, cache.capacity)
+        if end > room:
+            raise ContextOverflow(f"{end:,} positions do not fit into {room:,}: shorten the text.")
+        x = self.embedding(ids)  # (B, T, W)
+        rotary = None
+        if self.spec.position == "learned":
+            x = x + self.positions.weight[start:end]
+        else:
+            cos, sin = self._tables(end, x)
+            rotary = cos[start:end], sin[start:end]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.length = end
+        if last_only:
+            x = x[:, -1:]
+        return self.head(self.norm(x))
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """Return an empty cache for ``capacity`` positions, on the model's device."""
+        weight = self.embedding.weight
+        return KVCache(self.spec, capacity, batch, weight.dtype, weight.device)
+
+    def linears(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return the projections of all blocks by name: what passes convert."""
+        for name, module in self.blocks.named_modules(prefix="blocks"):
+            if isinstance(module, nn.Linear):
+                yield name, module
+
+    def _tables(self, positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotary tables, made once and grown by doubling as texts get longer."""
+        if self._rotary is None or self._rotary[0].shape[0] < positions:
+            size = min(self.spec.context, max(256, 1 << (positions - 1).bit_length()))
+            cos, sin = rotary_tables(self.spec, size)
+            self._rotary = cos.to(like), sin.to(like)
+        return self._rotary
