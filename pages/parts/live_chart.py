@@ -1,0 +1,169 @@
+"""A chart that stays: one Plotly drawing in the browser, fed with new numbers at every refresh.
+
+``st.plotly_chart`` makes a new drawing each time, which costs the browser 100 ms and loses the
+reader's zoom. Here the drawing is kept and ``Plotly.react`` changes only its numbers; what was
+measured stands in ``docs/live_charts.md``.
+
+What goes over the wire is one block of bytes: a JSON head (title, unit, names), then the numbers as
+little-endian 32-bit floats. Times are sent as seconds since the left edge, so that 32 bits resolve
+them to better than 0.3 s over 30 days; lines that share their times send them once.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import streamlit as st
+
+PLOTLY_URL = "/gptlab/plotly.min.js"
+SCRIPT_URL = "/gptlab/live_chart.js"
+"""Served by the routes of ``app.py``; the second one is ``assets/live_chart.js`` beside this."""
+GAP_S = 3.0
+"""A hole in readings taken once a second: longer ones are left open, not bridged by a line."""
+
+# Sent again at every refresh, so it only fetches the script and hands over.
+_STUB = """
+const missing = "The charts need a script that this server does not serve: start the app with "
+  + "“streamlit run app.py”."
+export default function (component) {
+  const shared = (globalThis.gptlabLiveChart ??= { tries: 0, script: null })
+  const query = shared.tries ? `?try=${shared.tries}` : ""
+  shared.script ??= import(new URL(SCRIPT_URL + query, document.baseURI).href)
+  shared.script.then(
+    (script) => script.draw(component),
+    () => {
+      shared.script = null
+      shared.tries += 1
+      component.parentElement.querySelector(".gptlab-chart").textContent = missing
+    },
+  )
+  return () => shared.script?.then((script) => script.remove(component.parentElement))
+}
+""".replace("SCRIPT_URL", json.dumps(SCRIPT_URL))
+
+_CSS = """
+.gptlab-chart { color: var(--st-text-color); font-family: var(--st-font); font-size: 0.875rem;
+  position: relative; }
+.gptlab-head { display: flex; flex-wrap: wrap; gap: 0 0.75rem; align-items: baseline;
+  min-height: 1.5rem; }
+.gptlab-title { font-weight: 600; margin-right: auto; }
+.gptlab-title span { font-weight: 400; opacity: 0.65; }
+.gptlab-key { font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 0.8125rem; }
+.gptlab-key i { display: inline-block; width: 0.75rem; height: 0.1875rem; border-radius: 2px;
+  margin-right: 0.35rem; vertical-align: middle; }
+.gptlab-key span { opacity: 0.65; margin-right: 0.3rem; }
+.gptlab-reset { font: inherit; font-size: 0.8125rem; color: var(--st-primary-color); border: 0;
+  background: none; padding: 0; cursor: pointer; }
+.gptlab-reset:focus-visible { outline: 2px solid var(--st-primary-color); outline-offset: 2px; }
+.gptlab-note { position: absolute; inset: 1.5rem 0 0 0; display: flex; align-items: center;
+  justify-content: center; text-align: center; opacity: 0.65; pointer-events: none;
+  padding: 0 10%; }
+"""
+
+_mount = st.components.v2.component(
+    "gptlab_live_chart",
+    html='<div class="gptlab-chart"></div>',
+    css=_CSS,
+    js=_STUB,
+    # Plotly follows a drag on the whole document and finds the chart by the event's target, which
+    # a shadow root would hide from it.
+    isolate_styles=False,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One named curve; values are in the unit that the chart shows."""
+
+    name: str
+    times: Sequence[float]
+    """Seconds since 1970, ascending."""
+    values: Sequence[float | None]
+    """None or NaN where nothing is known."""
+    color: int = 0
+    """Place in the theme's categorical palette."""
+    style: Literal["line", "area", "dots", "dotted"] = "line"
+
+
+def live_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    unit: str,
+    start: float,
+    end: float,
+    key: str,
+    gap_s: float = GAP_S,
+    top: float | None = None,
+    empty: str = "Nothing measured in this time.",
+    height: int = 200,
+) -> None:
+    """Draw, or feed, the chart of that key.
+
+    Args:
+        title: what is shown, in a few words.
+        lines: the curves; those without a single known value are named but not drawn.
+        unit: stands at the title and on the axis, such as ``ms``.
+        start: left edge, in seconds since 1970.
+        end: right edge.
+        key: of this chart on its page; the drawing lives as long as its key.
+        gap_s: a longer time without a point is a hole, and stays open.
+        top: the largest value of the axis, where it has one (100 %).
+        empty: what to say while there is nothing to draw.
+        height: of the drawing, in pixels.
+    """
+    head = {"title": title, "unit": unit, "top": top, "empty": empty, "height": height}
+    _mount(data=packed(head, lines, start, end, gap_s), key=key)
+
+
+def packed(
+    head: dict[str, str | float | None],
+    lines: Sequence[Line],
+    start: float,
+    end: float,
+    gap_s: float = GAP_S,
+) -> bytes:
+    """Return head and lines as the block of bytes that the script reads."""
+    described: list[dict[str, str | int | bool]] = []
+    arrays: list[np.ndarray] = []
+    before: np.ndarray | None = None
+    for line in lines:
+        times, values = opened(line.times, line.values, gap_s)
+        shared = before is not None and np.array_equal(times, before)
+        if not shared:
+            arrays.append((times - start).astype("<f4"))
+        arrays.append(values.astype("<f4"))
+        before = times
+        described.append(
+            {
+                "name": line.name,
+                "color": line.color,
+                "style": line.style,
+                "count": len(values),
+                "shared": shared,
+            }
+        )
+    whole = {**head, "start": start, "end": end, "plotly": PLOTLY_URL, "lines": described}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 4)  # the numbers then stand on a multiple of their size
+    return struct.pack("<I", len(text)) + text + b"".join(a.tobytes() for a in arrays)
+
+
+def opened(
+    times: Sequence[float], values: Sequence[float | None], gap_s: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return times and values with a NaN inside every hole longer than ``gap_s``.
+
+    Returns:
+        (N,) float64 each; no line is drawn to or from a NaN.
+    """
+    at = np.asarray(times, dtype=np.float64)
+    known = np.asarray([np.nan if v is None else v for v in values], dtype=np.float64)
+    holes = np.flatnonzero(np.diff(at) > gap_s)
+    middle = (at[holes] + at[holes + 1]) / 2
+    return np.insert(at, holes + 1, middle), np.insert(known, holes + 1, np.nan)
