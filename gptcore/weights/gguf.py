@@ -1,0 +1,152 @@
+"""GGUF files: converted once, in a bounded child process, to a Hugging Face directory.
+
+The reader of the ``gguf`` package believes the counts in a file: 49 bytes can make it grow
+without end. So a file's counts are held against its size first, and the reading happens in a
+child with a limit on memory and time, which writes fp32 safetensors that every later load maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from gptcore.errors import InvalidWeights
+from gptcore.paths import ROOT, cache_dir
+
+BASE_BYTES = 3 * 2**30
+"""Memory of a child beside the file itself and its largest tensor; NumPy reserves much of it."""
+BASE_S = 8.0
+BYTES_PER_S = 8 * 2**20
+"""A child that converts more slowly than this is ended; 60 MiB/s were seen here."""
+LEAST_KEY_BYTES = 13
+LEAST_TENSOR_BYTES = 32
+"""What an entry takes at the least: a file cannot hold more of them than its size allows."""
+POLL_S = 0.05
+
+
+def converted(file: Path, progress: Callable[[float], None]) -> Path:
+    """Return the directory that ``file`` was converted to, converting it if it was not.
+
+    Raises:
+        InvalidWeights: no GGUF, damaged, of another architecture, or beyond the child's limits.
+    """
+    directory = conversion_of(file)
+    if directory.is_dir():
+        return directory
+    check_counts(file)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="converting-", dir=directory.parent))
+    try:
+        _run_child(file, work, progress)
+        try:
+            work.rename(directory)
+        except OSError:
+            if not directory.is_dir():  # another process was first: then theirs is as good
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return directory
+
+
+def conversion_of(file: Path) -> Path:
+    """Return where the conversion of ``file`` lies or would lie.
+
+    Raises:
+        InvalidWeights: the file is missing.
+    """
+    if not file.is_file():
+        raise InvalidWeights(f"There is no file {file.name!r}.")
+    stat = file.stat()
+    stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return cache_dir() / "gguf" / hashlib.sha256(stamp.encode()).hexdigest()[:24]
+
+
+def check_counts(file: Path) -> None:
+    """Refuse a file whose header promises more than its size can hold."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(24)
+    if start[:4] != b"GGUF" or len(start) < 24:
+        raise InvalidWeights(f"{file.name} is no GGUF file, or is cut off: it has {size:,} bytes.")
+    version, tensors, keys = struct.unpack("<IQQ", start[4:])
+    if version not in (2, 3):
+        raise InvalidWeights(f"{file.name} is GGUF version {version}; 2 and 3 can be read.")
+    if tensors * LEAST_TENSOR_BYTES + keys * LEAST_KEY_BYTES > size:
+        raise InvalidWeights(
+            f"{file.name} promises {tensors:,} tensors and {keys:,} keys in {size:,} bytes: it is "
+            "damaged."
+        )
+
+
+def _run_child(file: Path, work: Path, progress: Callable[[float], None]) -> None:
+    size = file.stat().st_size
+    memory, seconds = BASE_BYTES + 4 * size, BASE_S + size / BYTES_PER_S
+    with (work / "errors").open("w+b") as errors:
+        child = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "gptcore.weights.gguf_child"),
+                *(str(file.resolve()), str(work), str(memory), str(int(seconds) + 1)),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            cwd=ROOT,
+        )
+        try:
+            limit = _watch(child, work, size, memory, time.monotonic() + seconds, progress)
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip()
+    (work / "errors").unlink()
+    if limit:
+        raise InvalidWeights(f"{file.name} {limit} and was given up: it is damaged, or too large.")
+    if child.returncode == 0:
+        return
+    last = said.splitlines()[-1] if said else f"the reader ended with status {child.returncode}"
+    if "MemoryError" in last or child.returncode < 0:
+        last = "reading it took more memory or time than a file of its size may"
+    raise InvalidWeights(f"{file.name} cannot be read: {last.removeprefix('refused: ')}.")
+
+
+def _watch(
+    child: subprocess.Popen[bytes],
+    work: Path,
+    size: int,
+    memory: int,
+    deadline: float,
+    progress: Callable[[float], None],
+) -> str | None:
+    """Return which limit the child broke, None if it ended by itself."""
+    target = work / "model.safetensors"
+    watched = psutil.Process(child.pid)
+    while child.poll() is None:
+        if time.monotonic() > deadline:
+            return "took too long"
+        try:
+            # Not every system holds a process to RLIMIT_AS; the resident set can be seen on all.
+            if watched.memory_info().rss > memory:
+                return "took too much memory"
+        except psutil.NoSuchProcess:
+            continue
+        if target.exists():
+            progress(min(0.95, target.stat().st_size / (6.5 * size)))
+        time.sleep(POLL_S)
+    progress(1.0)
+    return None
+
+
+def write_note(directory: Path, source_precision: str) -> None:
+    """Leave the precision of the source beside converted weights."""
+    (directory / "gptlab.json").write_text(json.dumps({"source_precision": source_precision}))
