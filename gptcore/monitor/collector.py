@@ -7,6 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from gptcore.records import Reading
 
+Series = dict[tuple[str, str], tuple[tuple[float, ...], tuple[float, ...]]]
+"""(name, subject) -> (times, values); times in seconds since 1970, ascending."""
+
 
 @runtime_checkable
 class Collector(Protocol):
@@ -27,3 +30,16 @@ class Listener(Protocol):
 
     def readings(self, readings: Sequence[Reading]) -> None:
         """Take the readings of one look."""
+
+
+class ReadingStore(Protocol):
+    """As much of ``gptcore.store.Store`` as the monitor needs; each method may raise StoreError."""
+
+    def add_readings(self, readings: Sequence[Reading]) -> None:
+        """Keep readings."""
+
+    def readings(self, names: Sequence[str], start: float, end: float, points: int) -> Series:
+        """Return the lines between two moments."""
+
+    def roll_up(self, at: float) -> None:
+        """Sum up what is older than ``at``, and forget what is old."""

@@ -13,9 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from gptcore.errors import StoreError
-from gptcore.monitor.collector import Collector, Listener
+from gptcore.monitor.collector import Collector, Listener, ReadingStore, Series
 from gptcore.records import Reading
-from gptcore.store import Series, Store
 
 PERIOD_S = 1.0
 RING_S = 900.0
@@ -42,7 +41,7 @@ class Monitor:
     def __init__(
         self,
         collectors: Iterable[Collector | Listener],
-        store: Store | None,
+        store: ReadingStore | None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
