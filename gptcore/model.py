@@ -63,6 +63,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
     ) -> Tensor:
+        """Return what each of the T positions takes from those it may see: (B, T, W)."""
         spec = self.spec
         q = self.q(x).unflatten(-1, (spec.heads, spec.head_width)).transpose(1, 2)  # (B, H, T, D)
         k = self.k(x).unflatten(-1, (spec.kv_heads, spec.head_width)).transpose(1, 2)
@@ -153,6 +154,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(spec.hidden, spec.width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return each position's own transformation: (B, T, W) -> (B, T, W)."""
         if self.swiglu:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
@@ -177,6 +179,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
     ) -> Tensor:
+        """Return the residual stream after this block: (B, T, W) -> (B, T, W)."""
         x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -48,7 +48,8 @@ def convert(source: Path, target: Path) -> None:
     architecture = value(reader, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise Refused(
-            f"its architecture is {str(architecture)[:60]!r}; {', '.join(ARCHITECTURES)} can be read"
+            f"its architecture is {str(architecture)[:60]!r}; these can be read: "
+            f"{', '.join(ARCHITECTURES)}"
         )
     config = config_of(reader, architecture)
     write_tokenizer(reader, target, config)

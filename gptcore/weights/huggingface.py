@@ -400,8 +400,7 @@ def _ours(
     projection = ".attention." in names[0] or ".mlp." in names[0]
     if spec.family == "gpt2" and projection and tensor.ndim == 2:
         tensor = tensor.T.contiguous()  # Conv1D keeps (in, out)
-    for name, part in zip(names, tensor.chunk(len(names)), strict=True):
-        yield name, part
+    yield from zip(names, tensor.chunk(len(names)), strict=True)
 
 
 def _listed(names: list[str]) -> str:
