@@ -49,6 +49,11 @@ def gigabytes(count: float | None) -> str:
     return UNKNOWN if not _known(count) else f"{three_digits(count / 1e9)} GB"
 
 
+def number(value: float | None) -> str:
+    """Return a bare number with three digits, for where its unit stands beside it."""
+    return UNKNOWN if not _known(value) else three_digits(value)
+
+
 def rate(per_second: float | None, what: str = "tokens") -> str:
     """Return how many a second: ``158 tokens/s``."""
     return UNKNOWN if not _known(per_second) else f"{three_digits(per_second)} {what}/s"

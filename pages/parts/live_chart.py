@@ -50,8 +50,9 @@ _CSS = """
 .gptlab-chart { color: var(--st-text-color); font-family: var(--st-font); font-size: 0.875rem;
   position: relative; }
 .gptlab-head { display: flex; flex-wrap: wrap; gap: 0 0.75rem; align-items: baseline;
-  min-height: 1.5rem; }
-.gptlab-title { font-weight: 600; margin-right: auto; }
+  justify-content: space-between; min-height: 1.5rem; align-content: flex-start; }
+.gptlab-keys { display: flex; gap: 0 0.75rem; }
+.gptlab-title { font-weight: 600; }
 .gptlab-title span { font-weight: 400; opacity: 0.65; }
 .gptlab-key { font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 0.8125rem; }
 .gptlab-key i { display: inline-block; width: 0.75rem; height: 0.1875rem; border-radius: 2px;
@@ -87,7 +88,12 @@ class Line:
     """None or NaN where nothing is known."""
     color: int = 0
     """Place in the theme's categorical palette."""
-    style: Literal["line", "area", "dots", "dotted"] = "line"
+    style: Literal["line", "area", "dots", "points"] = "line"
+    """``dots`` marks each value on its line, ``points`` draws no line at all."""
+    now: float | None = None
+    """What stands beside the name; the last known value if not given."""
+    gap_s: float = GAP_S
+    """A longer time without a point is a hole, and stays open."""
 
 
 def live_chart(
@@ -98,7 +104,7 @@ def live_chart(
     start: float,
     end: float,
     key: str,
-    gap_s: float = GAP_S,
+    note: str = "",
     top: float | None = None,
     empty: str = "Nothing measured in this time.",
     height: int = 200,
@@ -107,18 +113,25 @@ def live_chart(
 
     Args:
         title: what is shown, in a few words.
-        lines: the curves; those without a single known value are named but not drawn.
-        unit: stands at the title and on the axis, such as ``ms``.
+        lines: the curves; one without a name is the only one, and the title names it.
+        unit: stands at the title, and on the axis where it is short.
         start: left edge, in seconds since 1970.
         end: right edge.
         key: of this chart on its page; the drawing lives as long as its key.
-        gap_s: a longer time without a point is a hole, and stays open.
+        note: a few words more beside the unit, such as ``n = 24``.
         top: the largest value of the axis, where it has one (100 %).
         empty: what to say while there is nothing to draw.
         height: of the drawing, in pixels.
     """
-    head = {"title": title, "unit": unit, "top": top, "empty": empty, "height": height}
-    _mount(data=packed(head, lines, start, end, gap_s), key=key)
+    head: dict[str, str | float | None] = {
+        "title": title,
+        "unit": unit,
+        "note": note,
+        "top": top,
+        "empty": empty,
+    }
+    head["height"] = height
+    _mount(data=packed(head, lines, start, end), key=key)
 
 
 def packed(
@@ -126,14 +139,13 @@ def packed(
     lines: Sequence[Line],
     start: float,
     end: float,
-    gap_s: float = GAP_S,
 ) -> bytes:
     """Return head and lines as the block of bytes that the script reads."""
-    described: list[dict[str, str | int | bool]] = []
+    described: list[dict[str, str | float | bool | None]] = []
     arrays: list[np.ndarray] = []
     before: np.ndarray | None = None
     for line in lines:
-        times, values = opened(line.times, line.values, gap_s)
+        times, values = opened(line.times, line.values, line.gap_s)
         shared = before is not None and np.array_equal(times, before)
         if not shared:
             arrays.append((times - start).astype("<f4"))
@@ -146,6 +158,7 @@ def packed(
                 "style": line.style,
                 "count": len(values),
                 "shared": shared,
+                "now": line.now,
             }
         )
     whole = {**head, "start": start, "end": end, "plotly": PLOTLY_URL, "lines": described}

@@ -13,6 +13,7 @@ FORMATTERS = (
     shown.duration,
     shown.size,
     shown.gigabytes,
+    shown.number,
     shown.rate,
     shown.share,
     shown.whole,

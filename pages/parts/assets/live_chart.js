@@ -52,8 +52,16 @@ function unpack(bytes) {
     line.x = times
     line.y = floats(line.count).map((v) => (Number.isNaN(v) ? null : v))
   }
+  head.bytes = bytes
   head.range = [local(head.start), local(head.end)]
   return head
+}
+
+// A range of days changes every few seconds only: what is the same is not drawn again.
+function same(a, b) {
+  if (a.length !== b.length) return false
+  for (let i = 0; i < a.length; i += 1) if (a[i] !== b[i]) return false
+  return true
 }
 
 function local(seconds) {
@@ -77,6 +85,19 @@ function faded(color, opacity) {
   return `rgba(${hex.slice(1, 4).map((part) => parseInt(part, 16)).join(",")},${opacity})`
 }
 
+// Plotly's fill bridges what its line leaves open: here it goes down to zero at both sides of a hole.
+function grounded(x, y) {
+  const [xs, ys] = [[], []]
+  y.forEach((value, i) => {
+    if (value !== null) {
+      if (i > 0 && y[i - 1] === null) xs.push(x[i]) && ys.push(0)
+      xs.push(x[i])
+      ys.push(value)
+    } else if (i > 0 && y[i - 1] !== null) xs.push(x[i - 1]) && ys.push(0)
+  })
+  return [xs, ys]
+}
+
 function element(tag, name, parent) {
   const made = document.createElement(tag)
   made.className = name
@@ -90,6 +111,7 @@ class Chart {
     this.root.textContent = ""
     this.head = element("div", "gptlab-head", this.root)
     this.title = element("div", "gptlab-title", this.head)
+    this.keys = element("div", "gptlab-keys", this.head)
     this.reset = element("button", "gptlab-reset", this.head)
     this.reset.type = "button"
     this.reset.textContent = "Reset zoom"
@@ -128,6 +150,7 @@ class Chart {
   }
 
   take(data) {
+    if (this.drawn && same(data.bytes, this.data.bytes) && this.look() === this.drawnLook) return
     this.data = data
     this.plot.style.height = `${data.height}px`
     loadPlotly(data.plotly).then(
@@ -141,6 +164,12 @@ class Chart {
           "app with “streamlit run app.py”."
       },
     )
+  }
+
+  look() {
+    return ["text-color", "background-color", "font"]
+      .map((name) => getComputedStyle(this.root).getPropertyValue(`--st-${name}`))
+      .join()
   }
 
   unzoom() {
@@ -158,36 +187,53 @@ class Chart {
     const palette = theme("chart-categorical-colors").split(",")
     const colors = data.lines.map((line) => palette[line.color % palette.length] || "#3b82f6")
     const known = data.lines.map((line) => line.y.some((v) => v !== null))
-    this.label(colors, known)
+    this.label(colors)
     this.note.textContent = known.some(Boolean) ? "" : data.empty
-    const traces = data.lines.map((line, i) => this.trace(line, colors[i], known[i]))
+    // The first line is the most telling one, so it is drawn last, on top.
+    const traces = data.lines.flatMap((line, i) => this.traces(line, colors[i], known[i])).reverse()
     library.react(this.plot, traces, this.layout(theme), { displayModeBar: false, doubleClick: false })
     if (!this.drawn) {
       this.drawn = true
       this.plot.on("plotly_relayout", (change) => this.zoomed(change))
       this.plot.on("plotly_doubleclick", () => this.unzoom())
     }
+    this.drawnLook = this.look()
     this.draws += 1
     this.root.dataset.draws = this.draws
     this.root.dataset.ms = (performance.now() - began).toFixed(1)
   }
 
-  trace(line, color, known) {
-    const dots = line.style === "dots"
-    return {
+  traces(line, color, known) {
+    const mode = { dots: "lines+markers", points: "markers" }[line.style] ?? "lines"
+    const drawn = {
       type: "scatter",
-      mode: dots ? "lines+markers" : "lines",
+      mode,
       name: line.name.replace(/[<>&]/g, " "),
       x: line.x,
       y: line.y,
       visible: known,
       connectgaps: false,
-      line: { color, width: 1.75, dash: line.style === "dotted" ? "dot" : "solid" },
+      line: { color, width: 1.75 },
       marker: { color, size: 5 },
-      fill: line.style === "area" ? "tozeroy" : "none",
-      fillcolor: faded(color, 0.14),
-      hovertemplate: `%{y:.3~g} ${this.data.unit}`,
+      hovertemplate: `%{y:,.3~g} ${this.data.unit}${line.name ? "" : "<extra></extra>"}`,
     }
+    if (line.style !== "area") return [drawn]
+    const [x, y] = grounded(line.x, line.y)
+    const fill = { color, width: 0 }
+    return [
+      drawn,
+      {
+        type: "scatter",
+        mode: "lines",
+        x,
+        y,
+        visible: known,
+        line: fill,
+        fill: "tozeroy",
+        fillcolor: faded(color, 0.14),
+        hoverinfo: "skip",
+      },
+    ]
   }
 
   layout(theme) {
@@ -235,7 +281,7 @@ class Chart {
         ...axis,
         automargin: true,
         nticks: 5,
-        ticksuffix: ` ${this.data.unit}`,
+        ticksuffix: this.data.unit.length < 4 ? ` ${this.data.unit}` : "",
         separatethousands: true,
         range: this.zoom.y ?? [0, this.data.top ?? this.highest()],
       },
@@ -263,20 +309,20 @@ class Chart {
     this.reset.hidden = !this.zoom.x && !this.zoom.y
   }
 
-  label(colors, known) {
+  label(colors) {
     const { data } = this
     this.reset.hidden = !this.zoom.x && !this.zoom.y
     this.title.textContent = data.title
-    element("span", "", this.title).textContent = `, ${data.unit}`
-    for (const old of this.head.querySelectorAll(".gptlab-key")) old.remove()
+    element("span", "", this.title).textContent =
+      `, ${data.unit}` + (data.note ? ` · ${data.note}` : "")
+    this.keys.textContent = ""
     data.lines.forEach((line, i) => {
-      const key = element("div", "gptlab-key", this.head)
-      if (data.lines.length > 1) {
+      const key = element("div", "gptlab-key", this.keys)
+      if (line.name) {
         element("i", "", key).style.background = colors[i]
         element("span", "", key).textContent = line.name
       }
-      const last = known[i] ? line.y.findLast((v) => v !== null) : null
-      key.append(three(last))
+      key.append(three(line.now ?? line.y.findLast((v) => v !== null)))
     })
   }
 }
