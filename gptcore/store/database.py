@@ -8,6 +8,7 @@ writing connection. Reading needs no lock: that is what the write-ahead log is f
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import threading
 import time
@@ -78,8 +79,9 @@ class Database:
                 poll_interval=0.002,
                 preserve_lock_file=True,
             )
-            self._writer = _sqlite_engine(self.url, writes=True)
-            self._reader = _sqlite_engine(self.url, writes=False)
+            foreign_wait_s = min(FOREIGN_WAIT_S, wait_s)
+            self._writer = _sqlite_engine(self.url, foreign_wait_s, writes=True)
+            self._reader = _sqlite_engine(self.url, foreign_wait_s, writes=False)
         # The last connection to close checkpoints too, and an interpreter that ends closes them:
         # a forgotten close() must hold the lock as well.
         self._finalizer = weakref.finalize(
@@ -222,6 +224,8 @@ class Database:
         except filelock.Timeout:
             raise StoreError(self._locked()) from None
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise StoreError(self._read_only()) from error
             raise StoreError(
                 f"The database {self.shown} cannot be locked ({error.strerror or error}): make "
                 "its folder writable or set GPTLAB_DATABASE_URL to another file."
@@ -235,6 +239,12 @@ class Database:
         return (
             f"The database {self.shown} has been locked by another program for "
             f"{self.wait_s:g} s: end that program or wait, then try again."
+        )
+
+    def _read_only(self) -> str:
+        return (
+            f"The database {self.shown} is read-only: make it and its folder writable, or set "
+            "GPTLAB_DATABASE_URL to another one."
         )
 
     def _checkpoint_if_due(self) -> None:
@@ -280,10 +290,7 @@ class Database:
                 f"The disk of the database {self.shown} is full: free some space, then try again."
             )
         if name.startswith("SQLITE_READONLY") or state in ("25006", "42501"):
-            return (
-                f"The database {self.shown} is read-only: make it and its folder writable, or set "
-                "GPTLAB_DATABASE_URL to another one."
-            )
+            return self._read_only()
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             return _damaged(self.shown)
         if name.startswith("SQLITE_CANTOPEN"):
@@ -346,10 +353,10 @@ def _file_of(url: URL) -> Path | None:
     return path
 
 
-def _sqlite_engine(url: URL, *, writes: bool) -> Engine:
+def _sqlite_engine(url: URL, wait_s: float, *, writes: bool) -> Engine:
     engine = create_engine(
         url,
-        connect_args={"timeout": FOREIGN_WAIT_S, "check_same_thread": False},
+        connect_args={"timeout": wait_s, "check_same_thread": False},
         # No overflow: an overflowing connection would be closed, outside the lock.
         pool_size=1 if writes else 8,
         max_overflow=0,

@@ -37,7 +37,7 @@ from sqlalchemy.exc import IntegrityError
 
 from gptcore.errors import StoreError
 from gptcore.paths import data_dir
-from gptcore.records import Measurement, Provenance, Reading, Run, RunState, Token
+from gptcore.records import Measurement, Provenance, Reading, Run, RunKind, RunState, Token
 from gptcore.store import rows, tables, timeline
 from gptcore.store.database import KNOWN_VERSION, Database
 from gptcore.store.tables import escaped
@@ -51,8 +51,8 @@ MINUTES_KEPT_S = 60 * DAY_S
 """Twice the longest range of the live page. Hours are kept for ever: 20 kB a series and month."""
 RAW_RANGE_S = HOUR_S
 """Up to an hour a line is drawn from raw readings: 3,600 points for 600 pixels."""
-MINUTES_RANGE_S = 10 * DAY_S
-"""Up to ten days a line is drawn from minutes, beyond from hours (at least 240 of them)."""
+MINUTES_RANGE_S = 7 * DAY_S
+"""Up to a week a line is drawn from minutes, beyond from hours (168 of them at least)."""
 LATE_S = 5 * MINUTE_S
 """A roll-up looks again at this much before the last one, for readings that came late."""
 SETTLED_S = 2.0
@@ -353,7 +353,7 @@ class Store:
     def readings(self, names: Sequence[str], start: float, end: float, points: int = 600) -> Series:
         """Return lines for a chart: (name, subject) -> (times, values), times ascending.
 
-        Up to an hour the lines are made of raw readings, up to ten days of the least and the
+        Up to an hour the lines are made of raw readings, up to a week of the least and the
         greatest of each minute, beyond that of each hour; what was not rolled up yet is added
         from the finer tables. Then each line is thinned so that its extremes stay.
 
@@ -405,8 +405,10 @@ class Store:
             end: seconds since 1970.
             points: number of time buckets.
         """
-        found = self._ended(start, end, "ttft_s", "tpot_s", "e2e_s", done_only=True)
-        at, ttft, tpot, e2e = _array(found, 4).T
+        query = self._ended(start, end, "ttft_s", "tpot_s", "e2e_s")
+        query = query.where(tables.runs.c.state == RunState.DONE.value)
+        with self._database.reading() as connection:
+            at, ttft, tpot, e2e = _numbers(connection, query).T
         return timeline.latencies(ttft, tpot, e2e, at, timeline.bucket_edges(start, end, points))
 
     def rates(self, start: float, end: float, points: int = 120) -> Rates:
@@ -417,15 +419,17 @@ class Store:
             end: seconds since 1970.
             points: number of time buckets.
         """
-        found = self._ended(start, end, "prompt_tokens", "new_tokens", "state", "error_kind")
-        at, prompt, new = _array([row[:3] for row in found], 3).T
+        query = self._ended(start, end, "prompt_tokens", "new_tokens", "state", "error_kind")
+        with self._database.reading() as connection:
+            found = connection.execute(query).all()
+        at, prompt, new, states, kinds = zip(*found, strict=True) if found else ((),) * 5
         edges = timeline.bucket_edges(start, end, points)
         return timeline.rates(
-            timeline.bucket_of(at, edges),
-            [row[3] for row in found],
-            [row[4] for row in found],
-            prompt,
-            new,
+            timeline.bucket_of(np.array(at, dtype=np.float64), edges),
+            states,
+            kinds,
+            np.array(prompt, dtype=np.float64),
+            np.array(new, dtype=np.float64),
             edges,
         )
 
@@ -528,13 +532,10 @@ class Store:
             parts.append(self._extremes(connection, tables.readings_1m, step, ids, start, end))
             start = max(start, until.get("1m", start))
         table = tables.readings
-        raw = connection.execute(
-            select(table.c.series_id, table.c.at, table.c.value).where(
-                table.c.at >= start, table.c.at <= end, table.c.series_id.in_(ids)
-            )
-        ).all()
-        parts.append(_array(raw, 3))
-        return parts
+        raw = select(table.c.series_id, table.c.at, table.c.value).where(
+            table.c.at >= start, table.c.at <= end, table.c.series_id.in_(ids)
+        )
+        return [*parts, _numbers(connection, raw)]
 
     def _extremes(
         self,
@@ -550,12 +551,12 @@ class Store:
         Error: which of the two came first is not kept, so a point may be off by half a step.
         """
         bucket = (table.c.at // step).label("bucket")
-        found = connection.execute(
+        query = (
             select(table.c.series_id, bucket, sql.min(table.c.min), sql.max(table.c.max))
             .where(table.c.at >= start, table.c.at <= end, table.c.series_id.in_(ids))
             .group_by(table.c.series_id, bucket)
-        ).all()
-        series, number, least, greatest = _array(found, 4).T
+        )
+        series, number, least, greatest = _numbers(connection, query).T
         early, late = (number + 0.25) * step, (number + 0.75) * step
         return np.concatenate(
             [np.stack([series, early, least], 1), np.stack([series, late, greatest], 1)]
@@ -637,24 +638,23 @@ class Store:
             )
         )
 
-    def _ended(
-        self, start: float, end: float, *names: str, done_only: bool = False
-    ) -> Sequence[Sequence[Any]]:
-        """Return when each generation of a time range ended, and some columns of it."""
+    def _ended(self, start: float, end: float, *names: str) -> Select[Any]:
+        """Return the query for when each generation of a time range ended, and some columns."""
         table = tables.runs
-        query = select(table.c.ended_at, *(table.c[name] for name in names)).where(
-            table.c.ended_at >= start, table.c.ended_at <= end, table.c.kind == "generate"
+        return select(table.c.ended_at, *(table.c[name] for name in names)).where(
+            table.c.ended_at >= start,
+            table.c.ended_at <= end,
+            table.c.kind == RunKind.GENERATE.value,
         )
-        if done_only:
-            query = query.where(table.c.state == RunState.DONE.value)
-        with self._database.reading() as connection:
-            return connection.execute(query).all()
 
 
-def _array(found: Sequence[Sequence[Any]], width: int) -> timeline.Floats:
-    """Return (N, width) of what a query found; a missing number becomes NaN."""
-    # Plain tuples: numpy walks through SQLAlchemy's rows ten times slower.
-    return np.array([tuple(row) for row in found], dtype=np.float64).reshape(-1, width)
+def _numbers(connection: Connection, query: Select[Any]) -> timeline.Floats:
+    """Return (rows, columns) of a query for numbers; a missing one becomes NaN."""
+    result = connection.execute(query)
+    # The driver's plain tuples: SQLAlchemy's rows take three times as long to become an array.
+    found = result.cursor.fetchall()
+    result.close()
+    return np.array(found, dtype=np.float64).reshape(-1, len(query.selected_columns))
 
 
 def _searched(query: Select[Any], search: str) -> Select[Any]:

@@ -113,8 +113,8 @@ runs = Table(
     # The live page asks for these columns of all runs of a day: the index alone answers.
     Index(
         "runs_latency",
-        "ended_at",
         "kind",
+        "ended_at",
         "state",
         "error_kind",
         "ttft_s",

@@ -62,8 +62,8 @@ def upgrade() -> None:
         "runs_latency",
         "runs",
         [
-            "ended_at",
             "kind",
+            "ended_at",
             "state",
             "error_kind",
             "ttft_s",
