@@ -557,7 +557,7 @@ class Store:
             .group_by(table.c.series_id, bucket)
         )
         series, number, least, greatest = _numbers(connection, query).T
-        early, late = (number + 0.25) * step, (number + 0.75) * step
+        early, late = (np.clip((number + part) * step, start, end) for part in (0.25, 0.75))
         return np.concatenate(
             [np.stack([series, early, least], 1), np.stack([series, late, greatest], 1)]
         )
