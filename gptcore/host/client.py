@@ -14,9 +14,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -136,6 +137,7 @@ class HostClient:
         self._held: tuple[Held, ...] = ()
         self._hello: Mapping[str, Any] | None = None
         self._restarts = 0
+        self._heard = False
         self._closed = False
         self._thread = threading.Thread(target=self._dispatch, name=f"host {device}", daemon=True)
         self._thread.start()
@@ -209,8 +211,8 @@ class HostClient:
         for one in waiting:
             self._end(one, RunState.INTERRUPTED, "The server ended before its turn came.")
         process = self._process
-        if process and process.stdin:
-            process.stdin.close()
+        if process:
+            _close_quietly(process.stdin)
             try:
                 process.wait(timeout=5)
             except subprocess.TimeoutExpired:
@@ -232,43 +234,55 @@ class HostClient:
                     return
                 one = self._waiting.popleft()
                 self._current = one if isinstance(one, Order) else None
-            try:
-                self._start()
-            except HostLost as error:
-                if isinstance(one, Order):
-                    self._end(one, RunState.FAILED, str(error), HostLost.kind)
-            else:
-                self._hand_over(one)
+            if isinstance(one, Order):
+                self._work_off(one)
+            elif one == "warm":
+                self._try_to_start()
+            elif self.pid:
+                self._send({"op": "unload"})
             self._current = None
 
-    def _hand_over(self, one: Order | str) -> None:
-        if isinstance(one, str):
-            if one == "unload":
-                self._send({"op": "unload"})
-            return
-        run = one.live.change(state=RunState.RUNNING, started_at=now())
-        one.live.say("starting")
-        self._send(
-            {
-                "op": one.op,
-                "run": run_to_json(run),
-                "variant": one.variant.model_dump(mode="json"),
-                "request": one.request.model_dump(mode="json"),
-                "answer_ids": one.answer_ids,
-                "sent_at": one.sent_at,
-            }
-        )
-        if one.live.cancelled.is_set():
-            self._send({"op": "cancel", "id": one.run_id})
-        process = self._process
-        while not one.live.ended.wait(0.2):
-            if process is None or process.poll() is not None:
-                self._lost(one, process)
+    def _try_to_start(self) -> str | None:
+        """Start the process if there is none; return why it did not, where it did not."""
+        try:
+            self._start()
+        except HostLost as error:
+            return str(error)
+        return None
+
+    def _work_off(self, order: Order) -> None:
+        """Hand an order over and wait for its end."""
+        order.live.say("starting")
+        run = order.live.change(state=RunState.RUNNING, started_at=now())
+        message = {
+            "op": order.op,
+            "run": run_to_json(run),
+            "variant": order.variant.model_dump(mode="json"),
+            "request": order.request.model_dump(mode="json"),
+            "answer_ids": order.answer_ids,
+            "sent_at": order.sent_at,
+        }
+        # A host that was killed while idle may not be seen as dead yet: an order that nobody
+        # answered at all goes to the next host.
+        for _ in range(2):
+            if problem := self._try_to_start():
+                self._end(order, RunState.FAILED, problem, HostLost.kind)
+                return
+            process, self._heard = self._process, False
+            self._send(message)
+            if order.live.cancelled.is_set():
+                self._send({"op": "cancel", "id": order.run_id})
+            while not order.live.ended.wait(0.1):
+                if process is None or process.poll() is not None:
+                    break
+            time.sleep(0 if order.live.ended.is_set() else 0.1)  # for what is still in the pipe
+            if order.live.ended.is_set():
+                return
+            if self._heard or self._closed:
+                break
+        self._lost(order, process)
 
     def _lost(self, order: Order, process: subprocess.Popen[bytes] | None) -> None:
-        time.sleep(0.1)  # lets the reader take what was still in the pipe
-        if order.live.ended.is_set():
-            return
         code = process.returncode if process else None
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended with status {code}"
         if self._closed:
@@ -328,20 +342,25 @@ class HostClient:
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            message = json.loads(line)
-            event = message["event"]
-            if event == "hello":
-                self._hello = message
-            elif event == "loaded":
-                self._held = tuple(
-                    Held(v["hash"], v["model"], v["precision"], v["bytes"], v["coverage"])
-                    for v in message["variants"]
-                )
-            else:
-                current = self._current
-                if current is not None and current.run_id == message["id"]:
-                    self._hear(current, event, message)
+        with process.stdout:
+            for line in process.stdout:
+                self._take(json.loads(line))
+        process.wait()
+        _close_quietly(process.stdin)
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        event = message["event"]
+        current = self._current
+        if event == "hello":
+            self._hello = message
+        elif event == "loaded":
+            self._held = tuple(
+                Held(v["hash"], v["model"], v["precision"], v["bytes"], v["coverage"])
+                for v in message["variants"]
+            )
+        elif current is not None and current.run_id == message["id"]:
+            self._heard = True
+            self._hear(current, event, message)
 
     def _hear(self, order: Order, event: str, message: Mapping[str, Any]) -> None:
         live = order.live
@@ -357,3 +376,10 @@ class HostClient:
                 live.logits = (tuple(message["ids"]), logits)
             live.end(run_from_json(message["run"]))
             self._on_ended(live, bool(message["saved"]))
+
+
+def _close_quietly(pipe: IO[bytes] | None) -> None:
+    """Close a pipe whose other end may be gone."""
+    if pipe is not None:
+        with suppress(BrokenPipeError):
+            pipe.close()
