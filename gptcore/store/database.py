@@ -39,6 +39,9 @@ KNOWN_VERSION = "0001"
 """The newest migration; a test holds it equal to the newest file in ``migrations``."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
+OPENING_LOCK = 7_116_112_108
+"""PostgreSQL's number for "somebody opens a laboratory's database here"; any constant would do."""
+
 CHECKPOINT_BYTES = 4 << 20
 """A log of this size is copied into the database: about a minute of monitoring."""
 CHECKPOINT_PAUSE_S = 10.0
@@ -161,6 +164,8 @@ class Database:
             if self.path is not None and self.path.exists():
                 self._refuse_damage()
             with self._writer.begin() as connection:
+                if not self.is_sqlite:  # of two programs that start at once the second waits
+                    connection.execute(text(f"SELECT pg_advisory_xact_lock({OPENING_LOCK})"))
                 version = _version(connection)
                 if version is None and (foreign := self._foreign(connection)):
                     raise StoreError(
@@ -195,8 +200,6 @@ class Database:
         from alembic import command
         from alembic.config import Config
 
-        if not self.is_sqlite:  # two programs starting at once: the second waits for the first
-            connection.execute(text("SELECT pg_advisory_xact_lock(7_116_112_108)"))
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
