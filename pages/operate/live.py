@@ -6,13 +6,14 @@ import time
 from datetime import UTC, datetime
 
 import streamlit as st
+from pages.parts.services import lab as shared_lab
 
 from pages.parts import charts
 from pages.parts import format as shown
 from pages.parts.charts import Picture
+from pages.parts.links import PLAYGROUND
 from pages.parts.live_chart import Line, live_chart
-from pages.parts.requests_table import PLAYGROUND, requests_table
-from pages.parts.services import lab as shared_lab
+from pages.parts.requests_table import requests_table
 
 lab = shared_lab()
 zone_name = st.context.timezone
@@ -39,6 +40,7 @@ def header() -> tuple[int, bool]:
             key="range",
             bind="query-params",
             label_visibility="collapsed",
+            wrap=True,
         )
         going = st.toggle("Live", value=True, key="going", help="Off: the page stands still.")
     return charts.RANGES_S.get(chosen or "", 300), going

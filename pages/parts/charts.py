@@ -32,9 +32,9 @@ RANGES_S: dict[str, int] = {
     "15 min": 900,
     "1 h": 3600,
     "6 h": 6 * 3600,
-    "1 day": 86_400,
-    "7 days": 7 * 86_400,
-    "30 days": 30 * 86_400,
+    "1 d": 86_400,
+    "7 d": 7 * 86_400,
+    "30 d": 30 * 86_400,
 }
 BUCKETS = 30
 """Rates are taken over so many parts of the range."""
@@ -298,7 +298,18 @@ def scaled(values: Sequence[float | None], scale: float) -> list[float | None]:
 # One request
 
 
-def token_timeline(tokens: Sequence[Token], numbers: Numbers | None) -> go.Figure:
+def accent() -> str:
+    """Return the theme's accent in the browser's mode, for a figure that has one kind of thing."""
+    mode = st.context.theme.type or "light"
+    for option in (f"theme.{mode}.primaryColor", "theme.primaryColor"):
+        if color := st.get_option(option):
+            return str(color)
+    return "#4a67e0"
+
+
+def token_timeline(
+    tokens: Sequence[Token], numbers: Numbers | None, color: str = "#4a67e0"
+) -> go.Figure:
     """Return when each token came, and the time between one and the next (ITL).
 
     Both parts share the token's number as their x axis; the shaded part is the time until the
@@ -320,7 +331,7 @@ def token_timeline(tokens: Sequence[Token], numbers: Numbers | None) -> go.Figur
             y=at_s,
             mode="lines+markers",
             marker={"size": 4},
-            line={"width": 1.5},
+            line={"width": 1.5, "color": color},
             customdata=labels,
             hovertemplate="token %{x} %{customdata}<br>%{y:.3f} s<extra></extra>",
             name="arrival",
@@ -332,6 +343,7 @@ def token_timeline(tokens: Sequence[Token], numbers: Numbers | None) -> go.Figur
         go.Bar(
             x=index[1:],
             y=itl_ms,
+            marker={"color": color, "opacity": 0.75},
             customdata=labels[1:],
             hovertemplate="token %{x} %{customdata}<br>%{y:.1f} ms<extra></extra>",
             name="ITL",

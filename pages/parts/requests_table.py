@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -12,11 +11,11 @@ import streamlit as st
 from gptcore.records import Numbers, Run, RunKind, RunState, Token
 from pages.parts import charts
 from pages.parts import format as shown
+from pages.parts.links import PLAYGROUND
 
 if TYPE_CHECKING:
     from gptcore.lab import Lab
 
-PLAYGROUND = Path(__file__).parents[1] / "lab" / "playground.py"
 MOST = 200
 """Requests listed at once; older ones are found by the filters."""
 TEXT_SHOWN = 20_000
@@ -128,14 +127,14 @@ def numbers_row(numbers: Numbers) -> None:
         "TTFT": shown.duration(numbers.ttft_s),
         "TPOT": shown.duration(numbers.tpot_s),
         "End to end": shown.duration(numbers.e2e_s),
-        "Prefill": shown.rate(numbers.prefill_tokens_per_s),
-        "Decode": shown.rate(numbers.decode_tokens_per_s),
+        "Prefill, tokens/s": shown.number(numbers.prefill_tokens_per_s),
+        "Decode, tokens/s": shown.number(numbers.decode_tokens_per_s),
         "Peak memory": shown.size(numbers.peak_memory_bytes),
         "MBU": shown.share(numbers.mbu_ratio),
     }
     with st.grid("auto", min_column_width=120, gap="small"):
         for label, value in cells.items():
-            st.metric(label, value, help=DEFINITIONS[label])
+            st.metric(label, value, help=DEFINITIONS[label.partition(",")[0]])
     first = f"waited {shown.duration(numbers.queue_s)}"
     if numbers.load_s:
         first += f", loaded the model for {shown.duration(numbers.load_s)}"
@@ -152,7 +151,7 @@ def timeline_of(tokens: Sequence[Token], numbers: Numbers | None) -> None:
         st.caption("No token of this request was kept: it ended before its first one.")
         return
     st.plotly_chart(
-        charts.token_timeline(tokens, numbers),
+        charts.token_timeline(tokens, numbers, charts.accent()),
         config={"displayModeBar": False},
         key="request_timeline",
         alt="When each token of the request came, and the time between tokens",

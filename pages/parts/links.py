@@ -1,0 +1,11 @@
+"""Where the pages lie, for links from one to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PAGES = Path(__file__).parents[1]
+HOME = _PAGES / "start" / "home.py"
+PLAYGROUND = _PAGES / "lab" / "playground.py"
+MODELS = _PAGES / "lab" / "models.py"
+LIVE = _PAGES / "operate" / "live.py"
