@@ -10,7 +10,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from gptcore.errors import StoreError
 from gptcore.monitor.collector import Collector, Listener, ReadingStore, Series
@@ -73,7 +74,7 @@ class Monitor:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong at the moment, a sentence each; one that ends goes away."""
-        return tuple(self._problems.values())
+        return tuple(dict(self._problems).values())
 
     def start(self) -> None:
         """Begin to look; a second call does nothing."""
@@ -100,13 +101,8 @@ class Monitor:
         """Ask every collector once, keep what they say, and return it."""
         found: list[Reading] = []
         for one in self._collectors:
-            who = type(one).__name__
-            try:
+            with self._watched(one, "cannot be read"):
                 found.extend(one.collect())
-            except Exception as error:  # a plug-in may raise anything; the others must go on
-                self._note(who, f"{who} cannot be read: {type(error).__name__}: {error}")
-            else:
-                self._problems.pop(who, None)
         usable = tuple(r for r in found if math.isfinite(r.value))
         with self._lock:
             for reading in usable:
@@ -115,7 +111,8 @@ class Monitor:
                 )
                 line.append((reading.at, reading.value))
         for listener in self._listeners:
-            listener.readings(usable)
+            with self._watched(listener, "cannot take readings"):
+                listener.readings(usable)
         if usable and self._store is not None:
             self._unsaved.append(usable)
             self._something_to_save.set()
@@ -196,6 +193,18 @@ class Monitor:
             self._something_to_save.wait()
             self._something_to_save.clear()
             self.save()
+
+    @contextmanager
+    def _watched(self, part: object, what: str) -> Iterator[None]:
+        """Note what a part raises, and forget it once it no longer does."""
+        who = f"{type(part).__name__} {id(part)}"
+        try:
+            yield
+        except Exception as error:  # a plug-in may raise anything; the others must go on
+            kind = type(error).__name__
+            self._note(who, f"{type(part).__name__} {what}: {kind}: {error}")
+        else:
+            self._problems.pop(who, None)
 
     def _note(self, who: str, problem: str) -> None:
         if self._problems.get(who) != problem:

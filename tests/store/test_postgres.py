@@ -10,21 +10,14 @@ from gptcore.store import open_store
 from gptcore.store.database import parsed
 from tests.store.conftest import POSTGRES
 
-needs_server = pytest.mark.skipif(
-    POSTGRES not in os.environ,
-    reason=f"{POSTGRES} is not set; tests/store/with_postgres.sh starts a server and sets it",
-)
-
 
 @pytest.mark.postgres
-@needs_server
 def test_a_real_postgresql_answers_the_check() -> None:
     with open_store(os.environ[POSTGRES]) as store:
         assert store.check().startswith("PostgreSQL, schema 1")
 
 
 @pytest.mark.postgres
-@needs_server
 def test_tables_of_other_programs_in_the_same_database_are_left_alone() -> None:
     engine = create_engine(parsed(os.environ[POSTGRES]))
     with engine.begin() as connection:

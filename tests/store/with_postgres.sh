@@ -2,7 +2,7 @@
 # Runs the store's tests against a real PostgreSQL of its own: a server of Debian's package on a
 # free port of the loopback, in a temporary folder, stopped and deleted at the end.
 #
-#   tests/store/with_postgres.sh [COMMAND...]      default: python -m pytest tests/store
+#   tests/store/with_postgres.sh [COMMAND...]      default: python -m pytest -m postgres tests/store
 #
 # PGBIN names another folder of PostgreSQL programs. The server refuses to run as root, so root
 # lends it to the user postgres, whom the package makes.
@@ -33,9 +33,10 @@ as_owner "$bin/pg_ctl" --pgdata="$folder/data" --log="$folder/log" --wait start 
     --options="-c listen_addresses=127.0.0.1 -p $port -k $folder -c fsync=off" >/dev/null
 as_owner "$bin/createdb" --host=127.0.0.1 --port="$port" --username=lab lab
 
+export GPTLAB_REQUIRE=postgres
 export GPTLAB_TEST_POSTGRES_URL="postgresql://lab@127.0.0.1:$port/lab"
 echo "PostgreSQL $("$bin/postgres" --version | grep -o '[0-9.]*' | head -1) at $GPTLAB_TEST_POSTGRES_URL"
 if [ $# -eq 0 ]; then
-    set -- python -m pytest tests/store
+    set -- python -m pytest -m postgres tests/store
 fi
 "$@"
