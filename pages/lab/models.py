@@ -218,12 +218,19 @@ def holding(entries: list[ModelEntry]) -> None:
     usable = [device.id for device in devices if not device.absent]
     with st.container(horizontal=True, vertical_alignment="center"):
         device = st.segmented_control(
-            "Device", usable, default=usable[0], required=True, key="matrix_device"
+            "Device",
+            usable,
+            default=usable[0],
+            required=True,
+            key="matrix_device",
+            label_visibility="collapsed",
         )
-        absent = [f"{one.id}: {one.absent}" for one in devices if one.absent]
-        st.caption(shown.escaped(" · ".join(absent)), width="stretch")
+        room = st.empty()
     known = [one for one in entries if one.spec]
     cells = matrix(lab, [one.name for one in known if not one.problem], device or usable[0])
+    free = next((c.free_bytes for row in cells.values() for c in row if c.free_bytes), None)
+    absent = [f"{one.id}: {one.absent}" for one in devices if one.absent]
+    room.caption(shown.escaped(" · ".join([f"{shown.size(free)} free", *absent])))
     rows = [one for one in known if one.name in cells]
     table = pd.DataFrame(
         {

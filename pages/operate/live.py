@@ -6,7 +6,6 @@ import time
 from datetime import UTC, datetime
 
 import streamlit as st
-from pages.parts.services import lab as shared_lab
 
 from pages.parts import charts
 from pages.parts import format as shown
@@ -14,6 +13,7 @@ from pages.parts.charts import Picture
 from pages.parts.links import PLAYGROUND
 from pages.parts.live_chart import Line, live_chart
 from pages.parts.requests_table import requests_table
+from pages.parts.services import lab as shared_lab
 
 lab = shared_lab()
 zone_name = st.context.timezone
@@ -185,10 +185,11 @@ def requests_charts(picture: Picture) -> None:
             key="queue",
         )
         panel(
-            "Decode speed of each request",
+            "Decode, each request",
             charts.request_lines(picture, "decode_tokens_per_s"),
             picture,
             unit="tokens/s",
+            note=charts.dots_left_out(picture),
             empty=NO_REQUEST,
             key="decode",
         )
@@ -206,10 +207,11 @@ def machine_charts(picture: Picture) -> None:
             key="cpu",
         )
         panel(
-            "MBU of each request",
+            "MBU, each request",
             charts.request_lines(picture, "mbu_ratio", 100),
             picture,
             unit="%",
+            note=charts.dots_left_out(picture),
             empty=NO_REQUEST,
             key="mbu",
         )
@@ -224,7 +226,7 @@ def machine_charts(picture: Picture) -> None:
     st.caption(WHY_BOTH)
     for device in charts.gpus(picture.readings):
         st.markdown(f"**{shown.escaped(device)}**")
-        with st.grid(4, min_column_width=240, gap="small"):
+        with st.grid(4, min_column_width=200, gap="small"):
             for title, name, unit, scale, top in (
                 ("Utilization", charts.GPU, "%", 100.0, 100.0),
                 ("Memory", charts.GPU_MEMORY_USED, "GiB", 2**-30, None),

@@ -40,8 +40,9 @@ BUCKETS = 30
 """Rates are taken over so many parts of the range."""
 LINE_POINTS = 600
 """What a line of readings is thinned to."""
-SLOWEST_STEP_S = 15.0
-MBU_RUNS = 200
+SLOWEST_STEP_S = 2.0
+DOT_RUNS = 200
+"""The most requests that are drawn as a dot each."""
 STALE_S = 5.0
 """A reading older than this is not "now"."""
 
@@ -123,7 +124,7 @@ def _picture(_lab: Lab, lab_id: int, seconds: float, end: float) -> Picture:
         runs = _lab.runs(
             kind=RunKind.GENERATE,
             since=datetime.fromtimestamp(start, UTC),
-            limit=MBU_RUNS,
+            limit=DOT_RUNS,
         )
     except GptcoreError as error:
         problem = str(error)
@@ -262,6 +263,11 @@ def request_lines(picture: Picture, which: str, scale: float = 1.0) -> list[Line
     if not ended:
         return []
     return [Line("", [at for at, _ in ended], [value for _, value in ended], 0, "points")]
+
+
+def dots_left_out(picture: Picture) -> str:
+    """Return what stands beside the dots: nothing, or that only the newest are drawn."""
+    return f"the last {DOT_RUNS}" if len(picture.runs) == DOT_RUNS else ""
 
 
 def latest(readings: Series, name: str, at: float, subject: str | None = None) -> float | None:

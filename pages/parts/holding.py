@@ -27,6 +27,8 @@ class Cell:
     weights_bytes: int | None
     fits: bool
     sentence: str
+    free_bytes: int | None = None
+    """What was free when it was asked; None where that is unknown."""
 
     @property
     def text(self) -> str:
@@ -68,4 +70,4 @@ def _cell(lab: Lab, name: str, precision: str, device: str) -> Cell:
     said = (
         fit.sentence if not fit.fits else f"{name} in {precision} fits on {device}: {fit.sentence}"
     )
-    return Cell(weights_bytes(variant), fit.fits, said)
+    return Cell(weights_bytes(variant), fit.fits, said, fit.free_bytes)

@@ -45,16 +45,15 @@ def columns(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {
         "Started": [run.created_at for run in runs],
         "State": [charts.STATE_LOOKS[run.state][0] for run in runs],
+        "Text": [shown.one_line(run.error or run.text or prompt_of(run), 120) for run in runs],
         "Model": [run.model for run in runs],
-        "Precision": [run.precision for run in runs],
-        "Device": [run.device for run in runs],
+        "Placement": [f"{run.precision} · {run.device}" for run in runs],
         "Prompt": number("prompt_tokens"),
         "New": number("new_tokens"),
         "TTFT": number("ttft_s", 1000),
         "TPOT": number("tpot_s", 1000),
         "End to end": number("e2e_s"),
         "Decode": number("decode_tokens_per_s"),
-        "Text": [shown.one_line(run.error or run.text or prompt_of(run), 120) for run in runs],
         "Request": [run.id for run in runs],
     }
 
@@ -68,8 +67,7 @@ def column_config(zone: str | None) -> Mapping[str, Any]:
         ),
         "State": st.column_config.TextColumn("State", width=90),
         "Model": st.column_config.TextColumn("Model", width=120),
-        "Precision": st.column_config.TextColumn("Precision", width=75),
-        "Device": st.column_config.TextColumn("Device", width=65),
+        "Placement": st.column_config.TextColumn("Placement", width=100),
         "Prompt": number("Prompt, tokens", format="localized", width=100),
         "New": number("New, tokens", format="localized", width=90),
         "TTFT": number("TTFT, ms", format="%,.1f", help=DEFINITIONS["TTFT"], width=85),
@@ -78,7 +76,7 @@ def column_config(zone: str | None) -> Mapping[str, Any]:
             "End to end, s", format="%,.2f", help=DEFINITIONS["End to end"], width=100
         ),
         "Decode": number("Tokens/s", format="%,.1f", help=DEFINITIONS["Decode"], width=80),
-        "Text": st.column_config.TextColumn("Text", width="large"),
+        "Text": st.column_config.TextColumn("Text", width=210),
         "Request": st.column_config.TextColumn("Request", width=110),
     }
 

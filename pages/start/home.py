@@ -74,9 +74,6 @@ def machine() -> None:
     found = lab.machine()
     with st.container(border=True, height="stretch", gap="small"):
         st.subheader("This machine")
-        with st.grid(2, min_column_width=140, gap="small"):
-            st.metric("Cores", shown.whole(found.cores))
-            st.metric("Memory", shown.size(found.memory_bytes))
         for device in lab.devices():
             with st.container(horizontal=True, vertical_alignment="center", gap="small"):
                 if device.absent:
@@ -85,7 +82,12 @@ def machine() -> None:
                 else:
                     st.badge(device.id, icon=":material/check:", color="green")
                     memory = shown.size(device.total_bytes)
-                    st.caption(f"{shown.escaped(device.name)} · {memory}")
+                    st.caption(f"{shown.escaped(device.name)} · {memory} of memory")
+        versions = (
+            f"{found.platform.partition('-')[0]} · Python {found.python} · "
+            f"torch {found.torch or 'not installed'} · version {found.app_version}"
+        )
+        st.caption(shown.escaped(versions))
 
 
 def now_running() -> None:

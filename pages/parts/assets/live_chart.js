@@ -213,8 +213,8 @@ class Chart {
       y: line.y,
       visible: known,
       connectgaps: false,
-      line: { color, width: 1.75 },
-      marker: { color, size: 5 },
+      line: { color, width: line.y.length > 320 ? 1 : 1.75 },
+      marker: { color, size: line.y.length > 20 ? 3.5 : 5 },
       hovertemplate: `%{y:,.3~g} ${this.data.unit}${line.name ? "" : "<extra></extra>"}`,
     }
     if (line.style !== "area") return [drawn]
