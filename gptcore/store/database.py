@@ -161,33 +161,39 @@ class Database:
 
     def _open(self) -> None:
         with self._sentences(), self._alone():
-            if self.path is not None and self.path.exists():
-                self._refuse_damage()
+            if self.is_sqlite:
+                # By a connection that cannot write, which leaves a file that is not ours alone:
+                # the writing one would switch it to a write-ahead log.
+                with self._reader.begin() as connection:
+                    self._refuse_damage(connection)
+                    self._refuse_unknown(connection)
             with self._writer.begin() as connection:
                 if not self.is_sqlite:  # of two programs that start at once the second waits
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({OPENING_LOCK})"))
-                version = _version(connection)
-                if version is None and (foreign := self._foreign(connection)):
-                    raise StoreError(
-                        f"The database {self.shown} belongs to another program (it has a table "
-                        f"{foreign!r}): set GPTLAB_DATABASE_URL to another one."
-                    )
-                if version is not None and _number(version) > _number(KNOWN_VERSION):
-                    raise StoreError(
-                        f"The database {self.shown} was written by a newer version (schema "
-                        f"{_number(version)}, this program knows {_number(KNOWN_VERSION)}): "
-                        "update the program or set GPTLAB_DATABASE_URL to another file."
-                    )
-                if version != KNOWN_VERSION:
+                    self._refuse_unknown(connection)
+                if _version(connection) != KNOWN_VERSION:
                     self._migrate(connection)
 
-    def _refuse_damage(self) -> None:
+    def _refuse_damage(self, connection: Connection) -> None:
         assert self.path is not None
-        if 0 < self.path.stat().st_size <= CHECKED_AT_OPENING_BYTES:
-            with self._reader.begin() as connection:
-                found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+        if self.path.stat().st_size <= CHECKED_AT_OPENING_BYTES:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
             if found != "ok":
                 raise StoreError(_damaged(self.shown))
+
+    def _refuse_unknown(self, connection: Connection) -> None:
+        version = _version(connection)
+        if version is None and (foreign := self._foreign(connection)):
+            raise StoreError(
+                f"The database {self.shown} belongs to another program (it has a table "
+                f"{foreign!r}): set GPTLAB_DATABASE_URL to another one."
+            )
+        if version is not None and _number(version) > _number(KNOWN_VERSION):
+            raise StoreError(
+                f"The database {self.shown} was written by a newer version (schema "
+                f"{_number(version)}, this program knows {_number(KNOWN_VERSION)}): "
+                "update the program or set GPTLAB_DATABASE_URL to another file."
+            )
 
     def _foreign(self, connection: Connection) -> str | None:
         """Return a table that stands in the way; a PostgreSQL may well have tables of others."""
