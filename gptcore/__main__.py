@@ -193,6 +193,7 @@ def _request(options: argparse.Namespace) -> Request:
             "prompt": "" if messages else prompt,
             "messages": messages,
             "stop": options.stop or (),
+            "forced_ids": [one for one in options.forced_ids.split(",") if one],
             "seed": secrets.randbelow(2**31) if options.seed is None else options.seed,
             **{
                 name: getattr(options, name)
@@ -265,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     one.add_argument("--messages", help="a whole chat, as a JSON list of {role, content}")
     one.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; without it a fresh one")
+    one.add_argument("--forced-ids", default="", help="token ids that open the answer: 12,7,…")
     one.add_argument("--stop", action="append", help="end before this text; may be repeated")
     one.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
     one.add_argument("--wait", action="store_true", help="wait for a device that is taken")

@@ -1,0 +1,1 @@
+"""The browser's half: scripts of the pages, a folder a section, and the parts they share."""

@@ -1,0 +1,66 @@
+"""The script that every request runs: page settings, sidebar, navigation, then the page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import streamlit as st
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from gptcore.errors import GptcoreError  # noqa: E402
+from pages.parts import errors, links, services, settings, sidebar  # noqa: E402
+
+st.set_page_config(page_title="GPT lab", layout="wide", initial_sidebar_state="auto")
+page = st.navigation(
+    {
+        "": [
+            st.Page(
+                links.HOME,
+                title="Home",
+                icon=":material/home:",
+                url_path="",
+                default=True,
+                help="What this is, what runs now, the last runs, and the machine.",
+            ),
+        ],
+        "Lab": [
+            st.Page(
+                links.PLAYGROUND,
+                title="Playground",
+                icon=":material/edit_note:",
+                url_path="playground",
+                help="Write with a model, watch what each token costs, and see what else it "
+                "could have said.",
+            ),
+            st.Page(
+                links.MODELS,
+                title="Models",
+                icon=":material/database:",
+                url_path="models",
+                help="What is on disk, what this machine can hold; add and delete models.",
+            ),
+        ],
+        "Operate": [
+            st.Page(
+                links.LIVE,
+                title="Live",
+                icon=":material/monitoring:",
+                url_path="live",
+                help="Latency, throughput, errors and the machine, now and over 30 days.",
+            ),
+        ],
+    }
+)
+try:
+    services.lab()
+except GptcoreError as error:
+    errors.show(error)
+    st.stop()
+settings.restore(page.url_path)
+settings.keep_watching()
+sidebar.draw(services.lab())
+page.run()
