@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import InvalidWeights
 from gptcore.paths import cache_dir
@@ -91,6 +91,27 @@ def weights_id(files: tuple[Path, ...]) -> str:
     return found
 
 
+def empty(spec: ModelSpec) -> GPT:
+    """Return a model without weights, on the meta device."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from gptcore.model import GPT
+
+    class Unfilled(TorchFunctionMode):
+        """Skips the filling with normal noise, whose meta kernel imports torch's compiler: 1 s."""
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.nn.init.normal_:
+                return kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"), Unfilled():
+        return GPT(spec)
+
+
 def build(checkpoint: Checkpoint, placement: Placement, progress: Progress = silent) -> GPT:
     """Return the model with its weights, on its device and in its precision.
 
@@ -102,11 +123,8 @@ def build(checkpoint: Checkpoint, placement: Placement, progress: Progress = sil
     """
     import torch
 
-    from gptcore.model import GPT
-
     dtype = getattr(torch, huggingface.TORCH_DTYPES[placement.precision])
-    with torch.device("meta"):
-        model = GPT(checkpoint.spec)
+    model = empty(checkpoint.spec)
     tensors = huggingface.tensors(checkpoint.directory, checkpoint.spec, dtype, placement.device)
     total = len(model.state_dict())
     state = {}
@@ -131,11 +149,8 @@ def build_random(
     """
     import torch
 
-    from gptcore.model import GPT
-
     dtype = getattr(torch, huggingface.TORCH_DTYPES[placement.precision])
-    with torch.device("meta"):
-        model = GPT(spec).to(dtype)
+    model = empty(spec).to(dtype)
     model.to_empty(device=placement.device)
     if spec.tied_head:
         model.head.weight = model.embedding.weight

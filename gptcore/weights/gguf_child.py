@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gptcore.weights.gguf import write_note
+from gptcore.weights.gguf_file import GGUFFile, Refused, StoredTensor
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 LLAMA3_FACTORS = (8.0, 32.0)
 """What Llama 3.1 and 3.2 stretch by; a GGUF keeps only the resulting frequencies."""
-
-
-class Refused(Exception):
-    """Why a file cannot be converted, in a sentence."""
+CONTROL, USER_DEFINED = 3, 4
+"""Kinds of tokens in llama.cpp's numbers."""
 
 
 def bound(memory_bytes: int, seconds: int) -> None:
@@ -42,92 +43,108 @@ def bound(memory_bytes: int, seconds: int) -> None:
 
 def convert(source: Path, target: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer of ``source`` into ``target``."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(str(source))
-    architecture = value(reader, "general.architecture")
+    file = GGUFFile(source)
+    architecture = text(file, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise Refused(
             f"its architecture is {str(architecture)[:60]!r}; these can be read: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    config = config_of(reader, architecture)
-    write_tokenizer(reader, target, config)
+    config = config_of(file, architecture)
+    write_tokenizer(file, target)
     (target / "config.json").write_text(json.dumps(config, indent=1))
     with (target / "model.safetensors").open("wb") as out:
-        write_tensors(out, list(tensors_of(reader, architecture, config)))
-    types = collections.Counter(t.tensor_type.name for t in reader.tensors if len(t.shape) > 1)
+        write_tensors(out, [planned(one, architecture, config) for one in wanted(file)])
+    types = collections.Counter(t.type_name for t in file.tensors.values() if len(t.shape) > 1)
     write_note(target, f"{types.most_common(1)[0][0]} (GGUF)")
 
 
-def value(reader: Any, key: str, default: Any = None) -> Any:
-    """Return a key's value, ``default`` where it is missing."""
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
+def text(file: GGUFFile, key: str) -> str | None:
+    """Return a key's text, None where it is missing or no text."""
+    found = file.keys.get(key)
+    return found if isinstance(found, str) else None
 
 
-def config_of(reader: Any, architecture: str) -> dict[str, Any]:
+def number(file: GGUFFile, key: str, default: float | None = None) -> Any:
+    """Return a key's number."""
+    found = file.keys.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise Refused(f"its key {key} is missing or no number")
+    return found
+
+
+def texts(file: GGUFFile, key: str) -> list[str]:
+    """Return a key's list of texts."""
+    found = file.keys.get(key)
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise Refused(f"its key {key} is missing or no list of texts")
+    return found
+
+
+def config_of(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """Return the Hugging Face config that the keys describe."""
-
-    def number(key: str, default: Any = None) -> Any:
-        found = value(reader, f"{architecture}.{key}", default)
-        if found is None or isinstance(found, list | str):
-            raise Refused(f"its key {architecture}.{key} is missing or no number")
-        return found
-
-    shapes = {t.name: [int(n) for n in t.shape] for t in reader.tensors}  # innermost first
-    if "token_embd.weight" not in shapes:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
         raise Refused("it has no token embedding")
-    vocabulary = shapes["token_embd.weight"][-1]
-    ends = {"eos_token_id": value(reader, "tokenizer.ggml.eos_token_id")}
-    tied = "output.weight" not in shapes
+    ends = file.keys.get("tokenizer.ggml.eos_token_id")
+    common = {
+        "vocab_size": embedding.shape[0],
+        "eos_token_id": ends if isinstance(ends, int) else None,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+
+    def own(key: str, default: float | None = None) -> Any:
+        return number(file, f"{architecture}.{key}", default)
+
     if architecture == "gpt2":
-        return ends | {
+        return common | {
             "model_type": "gpt2",
-            "n_layer": number("block_count"),
-            "n_head": number("attention.head_count"),
-            "n_embd": number("embedding_length"),
-            "n_inner": number("feed_forward_length"),
-            "n_positions": number("context_length"),
-            "vocab_size": vocabulary,
-            "layer_norm_epsilon": float(number("attention.layer_norm_epsilon", 1e-5)),
-            "tie_word_embeddings": tied,
+            "n_layer": own("block_count"),
+            "n_head": own("attention.head_count"),
+            "n_embd": own("embedding_length"),
+            "n_inner": own("feed_forward_length"),
+            "n_positions": own("context_length"),
+            "layer_norm_epsilon": shortest(own("attention.layer_norm_epsilon", 1e-5)),
         }
-    heads, width = number("attention.head_count"), number("embedding_length")
-    head_width = number("attention.key_length", width // max(heads, 1))
-    theta = float(number("rope.freq_base", 10_000.0))
-    return ends | {
+    heads, width = own("attention.head_count"), own("embedding_length")
+    head_width = own("attention.key_length", width // max(heads, 1))
+    theta = own("rope.freq_base", 10_000.0)
+    return common | {
         "model_type": architecture,
-        "num_hidden_layers": number("block_count"),
+        "num_hidden_layers": own("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "num_key_value_heads": own("attention.head_count_kv", heads),
         "head_dim": head_width,
         "hidden_size": width,
-        "intermediate_size": number("feed_forward_length"),
-        "max_position_embeddings": number("context_length"),
-        "vocab_size": vocabulary,
-        "rms_norm_eps": float(str(np.float32(number("attention.layer_norm_rms_epsilon", 1e-6)))),
-        "rope_theta": theta,
-        "rope_scaling": rope_scaling(reader, architecture, theta, head_width),
-        "tie_word_embeddings": tied,
+        "intermediate_size": own("feed_forward_length"),
+        "max_position_embeddings": own("context_length"),
+        "rms_norm_eps": shortest(own("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rope_theta": float(theta),
+        "rope_scaling": rope_scaling(file, architecture, theta, head_width),
     }
 
 
+def shortest(value: float) -> float:
+    """Return the shortest decimal of a 32-bit float: 1e-5, where a file keeps 9.99999975e-06."""
+    return float(str(np.float32(value)))
+
+
 def rope_scaling(
-    reader: Any, architecture: str, theta: float, head_width: int
+    file: GGUFFile, architecture: str, theta: float, head_width: int
 ) -> dict[str, Any] | None:
     """Return Llama 3's scaling, found again from the factors that the file keeps."""
-    kind = value(reader, f"{architecture}.rope.scaling.type", "none")
-    kept = next((t for t in reader.tensors if t.name == "rope_freqs.weight"), None)
+    kept = file.tensors.get("rope_freqs.weight")
     if kept is None:
-        if kind not in ("none", None):
+        kind = file.keys.get(f"{architecture}.rope.scaling.type", "none")
+        if kind != "none":
             raise Refused(f"its rotary scaling {str(kind)[:40]!r} is not supported; llama3 is")
         return None
+    factors = kept.dequantized()
     frequencies = theta ** -(np.arange(0, head_width, 2) / head_width)
-    for factor in LLAMA3_FACTORS:
+    for factor in LLAMA3_FACTORS if factors.shape == frequencies.shape else ():
         turns = 8192 * frequencies / (2 * np.pi)
         share = np.clip((turns - 1) / 3, 0, 1)
-        if np.allclose(1 / (share + (1 - share) / factor), kept.data, rtol=1e-3):
+        if np.allclose(1 / (share + (1 - share) / factor), factors, rtol=1e-3):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -138,35 +155,38 @@ def rope_scaling(
     raise Refused("its rotary factors are not those of Llama 3")
 
 
-Planned = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
+Values = NDArray[np.float32]
+Planned = tuple[str, tuple[int, ...], Callable[[], Values]]
+"""The checkpoint's name of a tensor, its shape, and what reads it."""
 
 
-def tensors_of(reader: Any, architecture: str, config: dict[str, Any]) -> Iterator[Planned]:
-    """Yield (checkpoint's name, shape, function that dequantizes) of every tensor."""
-    from gguf import dequantize
-
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            continue
-        name = new_name(tensor.name, architecture)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        conv1d = architecture == "gpt2" and name.startswith("h.") and len(shape) == 2
-
-        def read(tensor: Any = tensor, shape: tuple[int, ...] = shape) -> np.ndarray:
-            return np.asarray(dequantize(tensor.data, tensor.tensor_type), "<f4").reshape(shape)
-
-        if conv1d:
-            yield name, shape[::-1], lambda read=read: np.ascontiguousarray(read().T)
-        elif architecture == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            heads = config[
-                "num_attention_heads" if "attn_q" in tensor.name else "num_key_value_heads"
-            ]
-            yield name, shape, lambda read=read, heads=heads: unpermuted(read(), heads)
-        else:
-            yield name, shape, read
+def wanted(file: GGUFFile) -> Iterator[StoredTensor]:
+    """Yield the tensors that are weights."""
+    yield from (one for name, one in file.tensors.items() if name != "rope_freqs.weight")
 
 
-def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
+def planned(tensor: StoredTensor, architecture: str, config: Mapping[str, Any]) -> Planned:
+    """Return what becomes of a tensor in a Hugging Face checkpoint."""
+    name = new_name(tensor.name, architecture)
+    if architecture == "gpt2" and name.startswith("h.") and len(tensor.shape) == 2:
+        return (
+            name,
+            tensor.shape[::-1],
+            lambda: np.ascontiguousarray(tensor.dequantized().T),
+        )
+    if architecture == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+        whose = "num_attention_heads" if "attn_q" in tensor.name else "num_key_value_heads"
+        heads = config[whose]
+        if len(tensor.shape) != 2 or heads < 1 or tensor.shape[0] % (2 * heads):
+            raise Refused(
+                f"its tensor {tensor.name[:80]!r} has the shape {tensor.shape}, which {heads} "
+                "heads cannot share"
+            )
+        return name, tensor.shape, lambda: unpermuted(tensor.dequantized(), heads)
+    return name, tensor.shape, tensor.dequantized
+
+
+def unpermuted(weight: Values, heads: int) -> Values:
     """Undo llama.cpp's order of rotary rows: pairs side by side become two halves."""
     rows, columns = weight.shape
     paired = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -214,66 +234,59 @@ def new_name(name: str, architecture: str) -> str:
     return f"{prefix}{names.get(stem, stem)}.{kind}"
 
 
-def write_tensors(out: BinaryIO, planned: list[Planned]) -> None:
+def write_tensors(out: BinaryIO, tensors: list[Planned]) -> None:
     """Write a safetensors file, one tensor in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape, _ in planned:
-        begin, end = end, end + 4 * int(np.prod(shape))
+    for name, shape, _ in tensors:
+        begin, end = end, end + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    out.write(struct.pack("<Q", len(text)) + text)
-    for name, shape, read in planned:
-        tensor = read()
-        if tensor.shape != shape:
-            raise Refused(f"its tensor {name} is {tensor.shape}, not {shape}")
-        out.write(tensor.data)
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    out.write(struct.pack("<Q", len(written)) + written)
+    for _, _, read in tensors:
+        out.write(read().data)
 
 
-def write_tokenizer(reader: Any, target: Path, config: dict[str, Any]) -> None:
+def write_tokenizer(file: GGUFFile, target: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json from the vocabulary and merges."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-    kind = value(reader, "tokenizer.ggml.model")
+    kind = text(file, "tokenizer.ggml.model")
     if kind != "gpt2":
         raise Refused(
             f"its tokenizer is of kind {str(kind)[:40]!r}; byte-level BPE ('gpt2') can be read: "
             "use the model's Hugging Face folder"
         )
-    tokens = value(reader, "tokenizer.ggml.tokens")
-    merges = value(reader, "tokenizer.ggml.merges")
-    types = value(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
-    vocabulary = {token: id for id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=[tuple(one.split(" ", 1)) for one in merges])
-    )
-    tokenizer.normalizer, tokenizer.pre_tokenizer = splitting(value(reader, "tokenizer.ggml.pre"))
+    tokens = texts(file, "tokenizer.ggml.tokens")
+    halves = [one.partition(" ") for one in texts(file, "tokenizer.ggml.merges")]
+    merges = [(left, right) for left, _, right in halves]
+    types = file.keys.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(types, list | np.ndarray) or len(types) != len(tokens):
+        raise Refused(f"its {len(tokens):,} tokens have another number of types")
+    try:
+        bpe = models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
+    except Exception as error:  # the library raises Exception itself
+        raise Refused(f"its vocabulary and merges do not belong together: {error}") from None
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = splitting(text(file, "tokenizer.ggml.pre"))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True)
-            for token, type_ in zip(tokens, types, strict=True)
-            if type_ == 3  # control
+    for type_, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, its in zip(tokens, types, strict=True)
+            if its == type_
         ]
-    )
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=False)
-            for token, type_ in zip(tokens, types, strict=True)
-            if type_ == 4  # user defined
-        ]
-    )
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     tokenizer.save(str(target / "tokenizer.json"))
     settings: dict[str, Any] = {}
     for name in ("bos", "eos", "unknown", "padding"):
-        id = value(reader, f"tokenizer.ggml.{name}_token_id")
+        id = file.keys.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(id, int) and 0 <= id < len(tokens):
             short = {"unknown": "unk", "padding": "pad"}.get(name, name)
             settings[f"{short}_token"] = tokens[id]
-    template = value(reader, "tokenizer.chat_template")
-    if isinstance(template, str):
+    if template := text(file, "tokenizer.chat_template"):
         settings["chat_template"] = template
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
