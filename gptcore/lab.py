@@ -61,7 +61,7 @@ class Snapshot:
     """What there is to draw of a run at this moment."""
 
     run: Run
-    """``run.text`` is the whole text so far; ``run.numbers`` is there once it is done."""
+    """``run.text`` is the whole text so far, ``run.numbers`` what it cost so far."""
     tokens: tuple[Token, ...]
     """All so far, forced ones first."""
     phase: str
@@ -216,13 +216,21 @@ class Lab:
 
     # Generating
 
-    def generate(self, variant: Variant, request: Request, *, session: str | None = None) -> str:
+    def generate(
+        self,
+        variant: Variant,
+        request: Request,
+        *,
+        session: str | None = None,
+        parent_id: str | None = None,
+    ) -> str:
         """Queue a generation and return its run id at once; watch it with ``snapshot``.
 
         Args:
             variant: what to generate with.
             request: validated already.
             session: the browser session that looks at it; see ``watch``.
+            parent_id: the run from which this one branches.
 
         Raises:
             DoesNotFit, ContextOverflow: nothing was queued.
@@ -230,6 +238,7 @@ class Lab:
         sent_at = time.monotonic()
         prompt_tokens = self.check(variant, request)
         run = self._new_run(RunKind.GENERATE, variant, request.model_dump(mode="json"))
+        run = replace(run, parent_id=parent_id)
         live = self._remember(run, variant.placement.device)
         if session:
             self.watch(run.id, session)

@@ -79,6 +79,11 @@ class Sampling(BaseModel):
         description="Drop tokens less likely than this share of the likeliest one; 0 is off.",
     )
 
+    @property
+    def sampling(self) -> Sampling:
+        """These fields alone, without what a subclass adds."""
+        return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
+
 
 class Request(Sampling):
     """What is asked of an engine: a prompt or a chat, how to sample, when to end."""
@@ -149,11 +154,6 @@ class Request(Sampling):
                 else "give a prompt or messages, not both"
             )
         return self
-
-    @property
-    def sampling(self) -> Sampling:
-        """The part of the request that says how to draw."""
-        return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
 
 
 def checked_text(text: str, what: str) -> str:

@@ -11,10 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from gptcore.errors import GptcoreError  # noqa: E402
-from pages.parts import errors, links, services, settings, sidebar  # noqa: E402
+from gptcore.errors import GptcoreError
+from pages.parts import errors, links, services, settings, sidebar
 
-st.set_page_config(page_title="GPT lab", layout="wide", initial_sidebar_state="auto")
+ICON = ROOT / "pages" / "parts" / "assets" / "icon.svg"
+"""Its own file: a page's material icon would be fetched from another host for the browser's tab."""
+
+st.set_page_config(
+    page_title="GPT lab", page_icon=str(ICON), layout="wide", initial_sidebar_state="auto"
+)
+dark = st.context.theme.type == "dark"
+st.logo(str(ICON.with_name("logo_dark.svg" if dark else "logo_light.svg")), size="large")
 page = st.navigation(
     {
         "": [

@@ -25,7 +25,7 @@ from gptcore.errors import HostLost
 from gptcore.host.wire import encode, run_from_json, run_to_json, token_from_json
 from gptcore.paths import ROOT
 from gptcore.recipe import Variant
-from gptcore.records import Request, Run, RunState, Token, now
+from gptcore.records import Numbers, Request, Run, RunState, Token, now
 
 START_S = 60.0
 """How long a host may take to say hello; importing torch took 2 s here."""
@@ -368,6 +368,8 @@ class HostClient:
             token = token_from_json(message["token"])
             live.add(token)
             self._on_token(token)
+        elif event == "numbers":
+            live.change(numbers=Numbers(**message["numbers"]))
         elif event == "phase":
             live.say(message["phase"], message["progress"])
         elif event == "ended":

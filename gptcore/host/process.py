@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, BinaryIO
 
 from gptcore.catalogue import Catalogue
@@ -83,6 +83,9 @@ class HostProcess:
             ),
             on_token=lambda token: self._send(
                 {"event": "token", "id": run.id, "token": token_to_json(token)}
+            ),
+            on_numbers=lambda numbers: self._send(
+                {"event": "numbers", "id": run.id, "numbers": asdict(numbers)}
             ),
         )
         try:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_LOADED = 3
 """Variants kept loaded at most; the least recently used goes first."""
+NUMBERS_EVERY_S = 0.4
+"""How often the numbers of a generation are told while it writes."""
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class Watcher:
     cancelled: Callable[[], bool] = lambda: False
     on_phase: Callable[[str, float | None], None] = lambda phase, progress: None
     on_token: Callable[[Token], None] = lambda token: None
+    on_numbers: Callable[[Numbers], None] = lambda numbers: None
 
 
 @dataclass(slots=True)
@@ -70,6 +73,8 @@ class Worker:
         self._catalogue = catalogue
         self._wait = wait
         self._clock = clock
+        self._peaks: dict[str, float] = {}
+        """Measured bytes a second, by variant; see ``peak_bandwidth``."""
 
     def generate(
         self, run: Run, variant: Variant, request: Request, watcher: Watcher, *, sent_at: float
@@ -82,7 +87,7 @@ class Worker:
             run: as queued.
             variant: what to generate with.
             request: what to generate.
-            watcher: hears phases and tokens.
+            watcher: hears phases, tokens, and the numbers so far.
             sent_at: when the request was sent, on the monotonic clock of this machine.
         """
         tokens: list[Token] = []
@@ -92,19 +97,24 @@ class Worker:
                 stack.enter_context(self._lock("generate", watcher))
                 queue_s = self._clock() - sent_at
                 memory = stack.enter_context(PeakMemory(self.device))
-                before = self._clock()
+                is_loaded, before = variant.hash in self.loaded, self._clock()
                 loaded = self.load(variant, watcher, request=request)
-                load_s = self._clock() - before
+                load_s = 0.0 if is_loaded else self._clock() - before
                 watcher.on_phase("reading the prompt", None)
                 generation = loaded.engine.start(
                     request, sent_at=sent_at, cancelled=watcher.cancelled
                 )
+                told_at = self._clock()
                 for token in generation:
                     tokens.append(token)
                     watcher.on_token(token)
-            numbers = self._numbers(
-                loaded, generation, queue_s, load_s, memory.peak_bytes, self._clock() - sent_at
-            )
+                    if self._clock() - told_at >= NUMBERS_EVERY_S:
+                        told_at = self._clock()
+                        watcher.on_numbers(
+                            self._numbers(loaded, generation, queue_s, load_s, memory, sent_at)
+                        )
+            self._learn_peak(loaded, generation)
+            numbers = self._numbers(loaded, generation, queue_s, load_s, memory, sent_at)
         except Cancelled as error:
             return self._ended(run, started_at, tokens, RunState.CANCELLED, error), tuple(tokens)
         except GptcoreError as error:
@@ -238,41 +248,42 @@ class Worker:
         generation: Generation,
         queue_s: float,
         load_s: float,
-        peak_memory_bytes: int,
-        e2e_s: float,
+        memory: PeakMemory,
+        sent_at: float,
     ) -> Numbers:
-        n_out = generation.new_tokens
-        ttft_s, last_s = generation.first_s, generation.last_s
-        decode_s = last_s - ttft_s if last_s is not None and ttft_s is not None else None
-        tpot_s = decode_s / (n_out - 1) if decode_s and n_out >= 2 else None
-        spec, placement = loaded.variant.spec, loaded.variant.placement
+        tpot_s, step_bytes = _decode_cost(loaded, generation)
+        peak = self._peaks.get(loaded.variant.hash)
+        last_s = generation.last_s
         read = len(generation.prompt_ids) + len(generation.request.forced_ids)
-        kv = (read + n_out / 2) * spec.kv_bytes_per_token(placement.precision)
-        step_bytes = int(loaded.step_bytes + kv)
-        mbu_ratio = peak = None
-        if tpot_s:
-            threads = placement.resolved_threads
-            peak = peak_bandwidth(
-                self.device, loaded.step_bytes, threads, at_least=step_bytes / tpot_s
-            ).bytes_per_s
-            mbu_ratio = step_bytes / tpot_s / peak
         return Numbers(
             prompt_tokens=len(generation.prompt_ids),
-            new_tokens=n_out,
-            finish_reason=str(generation.finish_reason),
+            new_tokens=generation.new_tokens,
+            finish_reason=str(generation.finish_reason or ""),
             queue_s=queue_s,
             load_s=load_s,
-            ttft_s=ttft_s,
+            ttft_s=generation.first_s,
             tpot_s=tpot_s,
-            e2e_s=last_s if last_s is not None else e2e_s,
+            e2e_s=last_s if last_s is not None else self._clock() - sent_at,
             prefill_tokens_per_s=read / generation.prefill_s if generation.prefill_s else None,
             decode_tokens_per_s=1 / tpot_s if tpot_s else None,
-            peak_memory_bytes=peak_memory_bytes,
-            mbu_ratio=mbu_ratio,
+            peak_memory_bytes=memory.peak_bytes or None,
+            mbu_ratio=step_bytes / tpot_s / peak if tpot_s and peak else None,
             mbu_bytes_per_step=step_bytes if tpot_s else None,
-            mbu_peak_bytes_per_s=peak,
+            mbu_peak_bytes_per_s=peak if tpot_s else None,
             cut_tokens=generation.cut_tokens,
         )
+
+    def _learn_peak(self, loaded: Loaded, generation: Generation) -> None:
+        """Measure the bandwidth against which the decode is held, where it is not known yet."""
+        tpot_s, step_bytes = _decode_cost(loaded, generation)
+        if tpot_s:
+            peak = peak_bandwidth(
+                self.device,
+                loaded.step_bytes,
+                loaded.variant.placement.resolved_threads,
+                at_least=step_bytes / tpot_s,
+            )
+            self._peaks[loaded.variant.hash] = peak.bytes_per_s
 
     @staticmethod
     def _ended(
@@ -291,6 +302,16 @@ class Worker:
             error_kind=error.kind if error else None,
             error=str(error) if error else None,
         )
+
+
+def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, int]:
+    """Return seconds per output token so far, and the bytes that a step reads on average."""
+    n_out, first_s, last_s = generation.new_tokens, generation.first_s, generation.last_s
+    decode_s = last_s - first_s if last_s is not None and first_s is not None else None
+    read = len(generation.prompt_ids) + len(generation.request.forced_ids)
+    precision = loaded.variant.placement.precision
+    kv = (read + n_out / 2) * loaded.variant.spec.kv_bytes_per_token(precision)
+    return decode_s / (n_out - 1) if decode_s and n_out >= 2 else None, int(loaded.step_bytes + kv)
 
 
 def _out_of_memory(error: Exception) -> bool:

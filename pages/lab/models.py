@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
-from pages.parts.services import lab as shared_lab
 
 from gptcore.errors import GptcoreError
 from pages.parts import format as shown
 from pages.parts.holding import PRECISIONS, matrix
 from pages.parts.jobs import is_busy, job_progress, start_job
 from pages.parts.links import PLAYGROUND
+from pages.parts.services import lab as shared_lab
 from pages.parts.uploads import stored
 
 if TYPE_CHECKING:

@@ -20,31 +20,12 @@ from typing import Literal
 import numpy as np
 import streamlit as st
 
+from pages.parts.scripts import stub
+
 PLOTLY_URL = "/gptlab/plotly.min.js"
-SCRIPT_URL = "/gptlab/live_chart.js"
-"""Served by the routes of ``app.py``; the second one is ``assets/live_chart.js`` beside this."""
+"""Served by the routes of ``app.py``."""
 GAP_S = 3.0
 """A hole in readings taken once a second: longer ones are left open, not bridged by a line."""
-
-# Sent again at every refresh, so it only fetches the script and hands over.
-_STUB = """
-const missing = "The charts need a script that this server does not serve: start the app with "
-  + "“streamlit run app.py”."
-export default function (component) {
-  const shared = (globalThis.gptlabLiveChart ??= { tries: 0, script: null })
-  const query = shared.tries ? `?try=${shared.tries}` : ""
-  shared.script ??= import(new URL(SCRIPT_URL + query, document.baseURI).href)
-  shared.script.then(
-    (script) => script.draw(component),
-    () => {
-      shared.script = null
-      shared.tries += 1
-      component.parentElement.querySelector(".gptlab-chart").textContent = missing
-    },
-  )
-  return () => shared.script?.then((script) => script.remove(component.parentElement))
-}
-""".replace("SCRIPT_URL", json.dumps(SCRIPT_URL))
 
 _CSS = """
 .gptlab-chart { color: var(--st-text-color); font-family: var(--st-font); font-size: 0.875rem;
@@ -68,9 +49,9 @@ _CSS = """
 
 _mount = st.components.v2.component(
     "gptlab_live_chart",
-    html='<div class="gptlab-chart"></div>',
+    html='<div class="gptlab-chart" data-gptlab></div>',
     css=_CSS,
-    js=_STUB,
+    js=stub("live_chart.js"),
     # Plotly follows a drag on the whole document and finds the chart by the event's target, which
     # a shadow root would hide from it.
     isolate_styles=False,

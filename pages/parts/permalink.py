@@ -37,7 +37,7 @@ ASKED = (
     "ignore_eos",
     "overflow",
 )
-NAMES = frozenset({"model", *CHOICES, *PLACED, *ASKED, "stop", "prompt", "messages"})
+NAMES = frozenset({"model", *CHOICES, *PLACED, *ASKED, "stop", "prompt", "messages", "forced_ids"})
 """What a link may tell; every name is a field of Settings."""
 
 Query = dict[str, list[str]]
@@ -57,6 +57,8 @@ def full(settings: Mapping[str, Any]) -> Query:
         found["prompt"] = [settings["prompt"]]
     if settings["messages"]:
         found["messages"] = [pack(settings["messages"])]
+    if settings["forced_ids"]:
+        found["forced_ids"] = [",".join(map(str, settings["forced_ids"]))]
     return found
 
 
@@ -70,7 +72,7 @@ def short(settings: Mapping[str, Any], default: Mapping[str, Any]) -> Query:
         for name, value in full(settings).items()
         if name == "seed" or settings[name] != default[name]
     }
-    for name in ("prompt", "messages", "stop"):
+    for name in ("prompt", "messages", "stop", "forced_ids"):
         if name in found and not all(map(_fits, found[name])):
             del found[name]
     return found
@@ -138,6 +140,8 @@ def _parsed(name: str, texts: Sequence[str]) -> Any:
         return list(_checked(Request, "stop", list(texts)))
     if name == "messages":
         return unpack(text)
+    if name == "forced_ids":
+        return list(_checked(Request, name, text.split(",")))
     if name == "prompt":
         return text
     if name == "model":
@@ -160,7 +164,7 @@ def _checked(owner: type[BaseModel], name: str, value: Any) -> Any:
 
 
 def _instead(problem: str, name: str, used: Any) -> str:
-    if name in ("stop", "messages", "prompt"):
+    if name in ("stop", "messages", "prompt", "forced_ids"):
         return f"{problem.rstrip('.')}; it is left out."
     return f"{problem.rstrip('.')}; {_text(used)} is used instead."
 

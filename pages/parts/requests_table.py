@@ -12,6 +12,7 @@ from gptcore.records import Numbers, Run, RunKind, RunState, Token
 from pages.parts import charts
 from pages.parts import format as shown
 from pages.parts.links import PLAYGROUND
+from pages.parts.numbers import DEFINITIONS, costs_in_words, numbers_row
 
 if TYPE_CHECKING:
     from gptcore.lab import Lab
@@ -20,19 +21,6 @@ MOST = 200
 """Requests listed at once; older ones are found by the filters."""
 TEXT_SHOWN = 20_000
 """Characters of a prompt or an answer that an opened request shows."""
-
-DEFINITIONS = {
-    "TTFT": "Time to first token: from sending the request to its first output token, waiting in "
-    "the queue included.",
-    "TPOT": "Time per output token: (end to end − time to first token) / (output tokens − 1).",
-    "End to end": "From sending the request to its last token.",
-    "Prefill": "Prompt tokens / seconds of prefill.",
-    "Decode": "(output tokens − 1) / (end to end − time to first token).",
-    "Peak memory": "The largest resident set of the process that computed, watched at 100 Hz or "
-    "more; on a GPU the largest allocation.",
-    "MBU": "Memory bandwidth utilization: (weight bytes + cache bytes read per step) / TPOT, as a "
-    "share of the bandwidth that was measured on this machine.",
-}
 
 
 def columns(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -109,6 +97,7 @@ def opened_request(lab: Lab, run: Run, zone: tzinfo) -> None:
         st.error(shown.escaped(run.error), icon=":material/error:")
     if run.numbers:
         numbers_row(run.numbers)
+        st.caption(shown.escaped(costs_in_words(run.numbers)))
     tokens = lab.tokens(run.id)
     timeline, text, details = st.tabs(["Token timeline", "Text", "Settings and provenance"])
     with timeline:
@@ -117,30 +106,6 @@ def opened_request(lab: Lab, run: Run, zone: tzinfo) -> None:
         texts_of(run)
     with details:
         details_of(lab, run, tokens)
-
-
-def numbers_row(numbers: Numbers) -> None:
-    """Draw what the request cost, each number with its formula one hover away."""
-    cells = {
-        "TTFT": shown.duration(numbers.ttft_s),
-        "TPOT": shown.duration(numbers.tpot_s),
-        "End to end": shown.duration(numbers.e2e_s),
-        "Prefill, tokens/s": shown.number(numbers.prefill_tokens_per_s),
-        "Decode, tokens/s": shown.number(numbers.decode_tokens_per_s),
-        "Peak memory": shown.size(numbers.peak_memory_bytes),
-        "MBU": shown.share(numbers.mbu_ratio),
-    }
-    with st.grid("auto", min_column_width=120, gap="small"):
-        for label, value in cells.items():
-            st.metric(label, value, help=DEFINITIONS[label.partition(",")[0]])
-    first = f"waited {shown.duration(numbers.queue_s)}"
-    if numbers.load_s:
-        first += f", loaded the model for {shown.duration(numbers.load_s)}"
-    cut = f" · {shown.whole(numbers.cut_tokens)} prompt tokens cut" if numbers.cut_tokens else ""
-    st.caption(
-        f"{shown.whole(numbers.prompt_tokens)} prompt tokens · {shown.whole(numbers.new_tokens)} "
-        f"new tokens · ended by {shown.escaped(numbers.finish_reason)} · {first}{cut}"
-    )
 
 
 def timeline_of(tokens: Sequence[Token], numbers: Numbers | None) -> None:

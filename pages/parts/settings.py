@@ -6,7 +6,6 @@ through ``change``, which validates again what a browser sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 from typing import Any, Literal
 
@@ -51,16 +50,12 @@ class Settings(Sampling):
     overflow: Literal["refuse", "cut"] = _as_in(Request, "overflow")
     prompt: str = Field("", title="Prompt")
     messages: tuple[Message, ...] = Field((), max_length=1000, title="Chat")
-    """Earlier turns of a chat that came with a link; afterwards the run on the page has them."""
+    """Earlier turns of the chat."""
+    forced_ids: tuple[int, ...] = _as_in(Request, "forced_ids")
+    """The trunk of a branch that came with a link."""
 
-    def request(
-        self, turns: Sequence[Message] | None = None, forced_ids: Sequence[int] = ()
-    ) -> Request:
+    def request(self) -> Request:
         """Return what to ask of the engine.
-
-        Args:
-            turns: earlier turns of the chat; ``messages`` if not given.
-            forced_ids: token ids that open the answer.
 
         Raises:
             InvalidInput: the prompt is empty.
@@ -68,17 +63,12 @@ class Settings(Sampling):
         """
         if not self.prompt.strip():
             raise InvalidInput("The prompt is empty: type some text, or pick one of the examples.")
-        earlier = self.messages if turns is None else turns
         if self.mode == "chat":
             said = Message(role="user", content=self.prompt)
-            what: dict[str, Any] = {"messages": (*earlier, said)}
+            what: dict[str, Any] = {"messages": (*self.messages, said)}
         else:
             what = {"prompt": self.prompt}
-        return Request(
-            **what,
-            **{name: getattr(self, name) for name in REQUEST_FIELDS},
-            forced_ids=tuple(forced_ids),
-        )
+        return Request(**what, **{name: getattr(self, name) for name in REQUEST_FIELDS})
 
     def variant(self, lab: Lab) -> Variant:
         """Return the variant that was picked.
@@ -96,21 +86,30 @@ REQUEST_FIELDS = (
     "stop",
     "ignore_eos",
     "overflow",
+    "forced_ids",
 )
 """The settings that a request has too, under the same names."""
 
 
-def settings_of(run: Run, base: Settings) -> Settings:
-    """Return the settings that made a generation; what a run does not tell is taken from ``base``.
-
-    In a chat the prompt is left empty, because its turns are on the page.
-    """
+def settings_of(lab: Lab, run: Run) -> Settings:
+    """Return the settings that made a generation, so that they make it again."""
     asked = run.settings
     values = {name: asked[name] for name in REQUEST_FIELDS if name in asked}
-    mode = "chat" if asked.get("messages") else "completion"
-    values |= {"model": run.model, "precision": run.precision, "device": run.device, "mode": mode}
-    values |= {"prompt": asked.get("prompt", ""), "messages": ()}
-    return Settings.model_validate({**base.model_dump(), **values})
+    values |= {"model": run.model, "precision": run.precision, "device": run.device}
+    values["threads"] = threads_of(lab, run)
+    if turns := asked.get("messages"):
+        values |= {"mode": "chat", "messages": turns[:-1], "prompt": turns[-1]["content"]}
+    else:
+        values |= {"mode": "completion", "prompt": asked.get("prompt", "")}
+    return Settings.model_validate(values)
+
+
+def going_on_from(lab: Lab, run: Run) -> Settings:
+    """Return what stands in the page's controls beside a generation: a chat waits for a reply."""
+    made = settings_of(lab, run).model_copy(update={"forced_ids": ()})
+    if made.mode == "completion":
+        return made
+    return made.model_copy(update={"prompt": "", "messages": ()})
 
 
 def starting_settings(lab: Lab) -> Settings:
@@ -231,7 +230,7 @@ def _read_url(lab: Lab) -> None:
         else:
             st.session_state["run"] = wanted
             if not permalink.NAMES & set(given):
-                base = settings_of(found.run, base)
+                base = going_on_from(lab, found.run)
     values, problems = permalink.read(given, base.model_dump(mode="json"))
     settings = Settings.model_validate(values)
     if entry_of(lab, settings.model) is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import streamlit as st
 
 from gptcore.catalogue import ModelEntry
@@ -156,10 +159,15 @@ def _recipe(lab: Lab, chosen: Settings) -> None:
 def _coverage(lab: Lab, variant: Variant) -> str | None:
     for _, held in lab.loaded():
         if held.hash == variant.hash and held.coverage:
-            return "  \n".join(
-                f"{name} covered {shown.share(found.get('ratio'))} of the matrix weights"
-                if found.get("ratio")
-                else f":red[{name} converted nothing]"
-                for name, found in held.coverage.items()
-            )
+            return "  \n".join(map(_covered, held.coverage.items()))
     return None
+
+
+def _covered(pass_: tuple[str, Mapping[str, Any]]) -> str:
+    name, found = pass_
+    if not found["converted_weights"]:
+        return f":red[{name} converted nothing]"
+    ratio = found["converted_weights"] / found["total_weights"]
+    skipped = len(found["skipped"])
+    left = f", {skipped} left as they were" if skipped else ""
+    return f"{name} covers {shown.share(ratio)} of the matrix weights{left}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import streamlit as st
-from pages.parts.services import lab as shared_lab
 
 from gptcore.errors import GptcoreError
 from gptcore.records import Run, RunKind
@@ -13,6 +12,7 @@ from pages.parts import charts
 from pages.parts import format as shown
 from pages.parts.jobs import is_busy, job_progress, start_job
 from pages.parts.links import LIVE, MODELS, PLAYGROUND
+from pages.parts.services import lab as shared_lab
 
 lab = shared_lab()
 zone = shown.zone_of(st.context.timezone)

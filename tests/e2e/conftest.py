@@ -6,19 +6,20 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, chromium
@@ -40,6 +41,8 @@ BROWSER_OPTIONS = (
     "--disable-component-update",
     "--disable-sync",
 )
+
+PROBES = ("/_stcore/health", "/_stcore/host-config")
 
 expect.set_options(timeout=15_000)
 
@@ -120,6 +123,25 @@ class Server:
     def log(self) -> str:
         """Return what the server printed."""
         return self._log.read_text(errors="replace")[-4000:]
+
+    def runs(self, command: list[str]) -> str:
+        """Return what a command prints that works on this server's data."""
+        environment = {
+            **os.environ,
+            "GPTLAB_DATA": str(self.data),
+            "GPTLAB_LOCKS": str(self._locks),
+        }
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def run(self, run_id: str) -> dict[str, str]:
+        """Return state and text of a run as they stand in the database."""
+        with closing(sqlite3.connect(self.data / "lab.db")) as database:
+            found = database.execute("SELECT state, text FROM runs WHERE id = ?", (run_id,))
+            return dict(zip(("state", "text"), found.fetchone(), strict=True))
 
     def link(self, path: str = "", **query: object) -> str:
         """Return the address of a page with settings."""
@@ -211,18 +233,19 @@ def opened(browser: Browser, complaints: list[str]) -> Iterator[Visit]:
         if parts.scheme not in ("data", "blob", "about") and parts.hostname != "127.0.0.1":
             complaints.append(f"request to another host: {url[:200]}")
 
+    def note_error(said: ConsoleMessage) -> None:
+        # Under /playground Streamlit first asks whether it lies in that folder, and is told no.
+        asked = urlsplit(said.location["url"]).path
+        if said.type == "error" and not asked.endswith(PROBES):
+            complaints.append(f"console: {said.text[:500]}")
+
     def visit(url: str, *, width: int = 1440, height: int = 900) -> Page:
         context = browser.new_context(viewport={"width": width, "height": height})
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
-        page.on(
-            "console",
-            lambda said: (
-                complaints.append(f"console: {said.text[:500]}") if said.type == "error" else None
-            ),
-        )
+        page.on("console", note_error)
         page.on("request", lambda request: note_foreign(request.url))
         page.on("websocket", lambda socket: note_foreign(socket.url))
         page.goto(url)

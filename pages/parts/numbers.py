@@ -1,0 +1,71 @@
+"""What one generation cost, as a row of numbers, each with its formula one hover away."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from gptcore.records import Numbers
+from pages.parts import format as shown
+
+DEFINITIONS = {
+    "TTFT": "Time to first token: from sending the request to its first output token, waiting in "
+    "the queue included.",
+    "TPOT": "Time per output token: (end to end − time to first token) / (output tokens − 1).",
+    "End to end": "From sending the request to its last token.",
+    "Tokens": "Generated tokens; those that a branch began with are not counted.",
+    "Prefill": "Prompt tokens / seconds of prefill.",
+    "Decode": "(output tokens − 1) / (end to end − time to first token).",
+    "Peak memory": "The largest resident set of the process that computed, watched at 100 Hz or "
+    "more; on a GPU the largest allocation.",
+    "MBU": "Memory bandwidth utilization: (weight bytes + cache bytes read per step) / TPOT, as a "
+    "share of the bandwidth that was measured on this machine.",
+}
+
+
+def numbers_row(numbers: Numbers | None) -> None:
+    """Draw what a request cost, or so far costs; what is not known yet is a dash."""
+
+    def known(name: str) -> float | None:
+        return getattr(numbers, name, None)
+
+    cells = {
+        "TTFT": shown.duration(known("ttft_s")),
+        "TPOT": shown.duration(known("tpot_s")),
+        "End to end": shown.duration(known("e2e_s")),
+        "Tokens": shown.whole(known("new_tokens")),
+        "Prefill, tokens/s": shown.number(known("prefill_tokens_per_s")),
+        "Decode, tokens/s": shown.number(known("decode_tokens_per_s")),
+        "Peak memory": shown.size(known("peak_memory_bytes")),
+        "MBU": shown.share(known("mbu_ratio")),
+    }
+    with st.grid("auto", min_column_width=120, gap="small"):
+        for label, value in cells.items():
+            help = DEFINITIONS[label.partition(",")[0]]
+            if label == "MBU" and numbers and numbers.mbu_ratio:
+                help += " " + worked_mbu(numbers)
+            st.metric(label, value, help=help)
+
+
+def worked_mbu(numbers: Numbers) -> str:
+    """Return the formula with this request's numbers in it."""
+    return (
+        f"Here: {shown.size(numbers.mbu_bytes_per_step)} a step ÷ {shown.duration(numbers.tpot_s)} "
+        f"÷ {shown.gigabytes(numbers.mbu_peak_bytes_per_s)}/s measured = "
+        f"{shown.share(numbers.mbu_ratio)}."
+    )
+
+
+def costs_in_words(numbers: Numbers) -> str:
+    """Return the rest: prompt, waiting, loading, and how it ended."""
+    parts = [
+        f"{shown.whole(numbers.prompt_tokens)} prompt tokens",
+        f"{shown.whole(numbers.new_tokens)} new tokens",
+    ]
+    if numbers.finish_reason:
+        parts.append(f"ended by {numbers.finish_reason}")
+    parts.append(f"waited {shown.duration(numbers.queue_s)}")
+    if numbers.load_s:
+        parts.append(f"loaded the model for {shown.duration(numbers.load_s)}")
+    if numbers.cut_tokens:
+        parts.append(f"{shown.whole(numbers.cut_tokens)} prompt tokens cut")
+    return " · ".join(parts)
