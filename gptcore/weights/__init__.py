@@ -6,8 +6,10 @@ directory once. Pickles are never opened.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +75,9 @@ def describe(path: Path, progress: Progress = silent) -> Checkpoint:
 
 
 def weights_id(files: tuple[Path, ...]) -> str:
-    """Return the hash of the files' content, remembered as long as size and time stay."""
-    stamp = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    """Return the hash of the files' content, remembered as long as inode, size and time stay."""
+    stats = [file.stat() for file in files]
+    stamp = [[one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns] for one in stats]
     key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:32]
     note = cache_dir() / "hashes" / key
     if note.exists():
@@ -84,10 +87,11 @@ def weights_id(files: tuple[Path, ...]) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     found = f"sha256:{digest.hexdigest()}"
-    note.parent.mkdir(exist_ok=True)
-    fresh = note.with_suffix(".tmp")
-    fresh.write_text(found)
-    fresh.replace(note)
+    with contextlib.suppress(OSError):  # a full disk only makes the next time slower
+        note.parent.mkdir(exist_ok=True)
+        fresh = note.with_suffix(f".{secrets.token_hex(4)}")
+        fresh.write_text(found)
+        fresh.replace(note)
     return found
 
 
@@ -133,7 +137,12 @@ def build(checkpoint: Checkpoint, placement: Placement, progress: Progress = sil
         progress(min(1.0, done / total))
     if checkpoint.spec.tied_head:
         state["head.weight"] = state["embedding.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError:
+        raise InvalidWeights(
+            f"The files of {checkpoint.directory.name} are not what they were: choose it again."
+        ) from None
     if checkpoint.spec.tied_head:
         model.head.weight = model.embedding.weight
     return model.requires_grad_(False).eval()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,17 +37,19 @@ def converted(file: Path, progress: Callable[[float], None]) -> Path:
     directory = conversion_of(file)
     if directory.is_dir():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="converting-", dir=directory.parent))
     try:
-        _run_child(file, work, progress)
-        try:
-            work.rename(directory)
-        except OSError:
-            if not directory.is_dir():  # another process was first: then theirs is as good
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="converting-", dir=directory.parent) as folder:
+            work = Path(folder) / "converted"
+            work.mkdir()
+            _run_child(file, work, progress)
+            if not directory.is_dir():
+                work.rename(directory)
+    except OSError as error:
+        if not directory.is_dir():  # else another process was first, and theirs is as good
+            raise InvalidWeights(
+                f"{file.name} could not be converted: {error.strerror or error}."
+            ) from None
     return directory
 
 
@@ -61,7 +62,8 @@ def conversion_of(file: Path) -> Path:
     if not file.is_file():
         raise InvalidWeights(f"There is no file {file.name!r}.")
     stat = file.stat()
-    stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    # By inode, so that a conversion stays with a file that is renamed.
+    stamp = f"{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}"
     return cache_dir() / "gguf" / hashlib.sha256(stamp.encode()).hexdigest()[:24]
 
 

@@ -327,6 +327,9 @@ def main() -> int:
     except Refused as error:
         sys.stderr.write(f"refused: {error}\n")
         return 1
+    except OSError as error:
+        sys.stderr.write(f"refused: its conversion could not be written: {error.strerror}\n")
+        return 1
     return 0
 
 

@@ -8,8 +8,10 @@ code is refused, and a pickle is never opened.
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +20,22 @@ from pydantic import ValidationError
 
 from gptcore.errors import InvalidSpec, InvalidWeights
 from gptcore.spec import ModelSpec, RopeScaling
-from gptcore.tokenizer import read_json
+from gptcore.tokenizer import inside, read_json
 
 if TYPE_CHECKING:
     import torch
 
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-HEADER_DTYPES = {"F32": ("fp32", 4), "BF16": ("bf16", 2), "F16": ("fp16", 2), "F64": ("fp64", 8)}
+FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}
+INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1} | INTEGERS
+"""What a safetensors header may say; only floats are weights, old files keep masks beside them."""
+MAX_DIMENSIONS = 8
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_FILES = 1000
-LISTED = 12
-"""Tensors named in one message at most; the rest is counted."""
+LISTED = 40
+"""Names in one message at most, where those of all layers count as one; the rest is counted."""
+LAYER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz")
 NOTE = "gptlab.json"
 """Our own file in a converted folder: what precision the weights had where they come from."""
@@ -51,19 +58,24 @@ def inspect(directory: Path) -> Inspected:
     """
     spec = spec_of(read_config(directory))
     headers = {file: read_header(file) for file in weight_files(directory)}
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for header in headers.values():
-        found |= {name: tuple(one["shape"]) for name, one in header.items()}
-    check_tensors(directory.name, spec, found)
-    kinds = {one["dtype"] for header in headers.values() for one in header.values()}
-    noted = read_json(directory / NOTE).get("source_precision")
-    plain = "/".join(sorted(HEADER_DTYPES[kind][0] for kind in kinds))
+        found |= {name: one for full, one in header.items() if (name := bare(full, spec))}
+    check_tensors(directory.name, spec, {name: one["shape"] for name, one in found.items()})
+    kinds = {one["dtype"] for one in found.values()}
+    if strange := sorted(kinds - FLOATS.keys()):
+        raise InvalidWeights(
+            f"{directory.name} has weights of type {', '.join(strange)}; "
+            f"{', '.join(FLOATS)} can be read."
+        )
+    noted = read_json(directory, NOTE).get("source_precision")
+    plain = "/".join(sorted(FLOATS[kind] for kind in kinds))
     return Inspected(spec, tuple(headers), noted if isinstance(noted, str) else plain)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Return config.json, refused where it asks for code of its own."""
-    config = read_json(inside(directory, "config.json"))
+    config = read_json(directory, "config.json")
     if not config:
         raise InvalidWeights(f"{directory.name} has no config.json: add the model's own.")
     if "auto_map" in config or config.get("trust_remote_code"):
@@ -87,7 +99,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
         "qwen2": _llama_fields,
         "qwen3": _llama_fields,
     }
-    if family not in readers:
+    if not isinstance(family, str) or family not in readers:
         raise InvalidSpec(
             f"Models of type {str(family)[:60]!r} are not supported; these are: "
             f"{', '.join(readers)}."
@@ -101,7 +113,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
         where = ".".join(map(str, first["loc"])) or "shape"
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidSpec(f"config.json, {where}: {message}.") from None
-    except (TypeError, ZeroDivisionError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InvalidSpec(f"config.json holds a value of the wrong kind: {error}.") from None
 
 
@@ -186,7 +198,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     Raises:
         InvalidWeights: none, a shard is missing, or only pickles are there.
     """
-    index = read_json(inside(directory, "model.safetensors.index.json"))
+    index = read_json(directory, "model.safetensors.index.json")
     if index:
         table = index.get("weight_map")
         if not isinstance(table, dict) or not table:
@@ -212,14 +224,6 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     if missing:
         raise InvalidWeights(f"{directory.name}: {_listed(missing)} of the index is missing.")
     return files
-
-
-def inside(directory: Path, name: str) -> Path:
-    """Return a path in ``directory``, refused where a link or ``..`` leads out of it."""
-    path = directory / name
-    if "\x00" in name or not path.resolve().is_relative_to(directory.resolve()):
-        raise InvalidWeights(f"{directory.name}/{name!r} leads out of the model's folder: refused.")
-    return path
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -251,18 +255,17 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         header.pop("__metadata__", None)
         end = 8 + length
         for name, one in header.items():
-            begin, stop = one["data_offsets"]
-            items = 1
-            for extent in one["shape"]:
-                items *= extent
-            if one["dtype"] not in HEADER_DTYPES:
+            (begin, stop), shape, kind = one["data_offsets"], tuple(one["shape"]), one["dtype"]
+            one["shape"] = shape
+            if kind not in DTYPE_BYTES or len(shape) > MAX_DIMENSIONS:
                 raise InvalidWeights(
-                    f"{file.name}: {name!r} is of type {one['dtype']!r}; "
-                    f"{', '.join(HEADER_DTYPES)} can be read."
+                    f"{file.name}: {name[:80]!r} is of type {str(kind)[:20]!r} in "
+                    f"{len(shape)} dimensions; that cannot be read."
                 )
-            if not 0 <= begin <= stop or stop - begin != items * HEADER_DTYPES[one["dtype"]][1]:
+            if not 0 <= begin <= stop or stop - begin != math.prod(shape) * DTYPE_BYTES[kind]:
                 raise InvalidWeights(
-                    f"{file.name}: {name!r} has {stop - begin:,} bytes for its shape."
+                    f"{file.name}: {name[:80]!r} has {stop - begin:,} bytes, which is not what "
+                    "its shape takes."
                 )
             end = max(end, 8 + length + stop)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -349,14 +352,18 @@ def bare(name: str, spec: ModelSpec) -> str | None:
     return name
 
 
-def check_tensors(model: str, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(model: str, spec: ModelSpec, there: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing, extra and wrongly shaped tensors, all of them named.
+
+    Args:
+        model: for the message.
+        spec: what the config promises.
+        there: bare name -> shape.
 
     Raises:
         InvalidWeights: with the list.
     """
     expected = {theirs: shape for _, theirs, shape in names_of(spec)}
-    there = {name: shape for full, shape in found.items() if (name := bare(full, spec))}
     missing = sorted(expected.keys() - there.keys())
     extra = sorted(there.keys() - expected.keys())
     wrong = [
@@ -390,7 +397,7 @@ def tensors(
                     if name in wanted:
                         tensor = opened.get_tensor(full).to(device=device, dtype=dtype)
                         yield from _ours(wanted[name], tensor, spec)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InvalidWeights(f"{directory.name} cannot be read: {error}.") from None
 
 
@@ -403,6 +410,29 @@ def _ours(
     yield from zip(names, tensor.chunk(len(names)), strict=True)
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+def _listed(names: Sequence[str]) -> str:
+    """Return all names, those that differ in their layer alone as one: ``h.{0-11}.ln_1.bias``."""
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for name in names:
+        before, *rest = LAYER.split(name[:200], maxsplit=1)
+        number = LAYER.search(name[:200])
+        layers.setdefault((before, *rest), []).extend([int(number[0])] if number else [])
+    shown = [
+        f"{parts[0]}{_ranges(numbers)}{parts[1]}" if numbers else parts[0]
+        for parts, numbers in layers.items()
+    ]
+    more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
+    return ", ".join(shown[:LISTED]) + more
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers with runs drawn together: ``7``, or ``{0-3,5}``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number <= runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
+    more = ",…" if len(texts) > LISTED else ""
+    return texts[0] if len(numbers) == 1 else f"{{{','.join(texts[:LISTED])}{more}}}"
