@@ -11,11 +11,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
@@ -166,7 +169,7 @@ def render(template: str, **values: Any) -> str:
             f"{MAX_TEMPLATE_CHARS:,} are rendered."
         )
 
-    deadline = time.monotonic() + MAX_RENDER_S
+    _deadline.set(time.monotonic() + MAX_RENDER_S)
     pieces: list[str] = []
     length = 0
     try:
@@ -177,8 +180,6 @@ def render(template: str, **values: Any) -> str:
             length += len(piece)
             if length > MAX_RENDERED_CHARS:
                 raise OverflowError(f"it writes more than {MAX_RENDERED_CHARS:,} characters")
-            if time.monotonic() > deadline:
-                raise OverflowError(f"it takes longer than {MAX_RENDER_S:g} s")
     except Exception as error:  # a template is foreign code: it may raise anything
         said = str(error).rstrip(".") or type(error).__name__
         raise InvalidInput(f"The model's chat template refuses this chat: {said[:300]}.") from None
@@ -190,10 +191,41 @@ def _refuse(sentence: str) -> None:
     raise jinja2.TemplateError(sentence)
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja2's sandbox, where a product or power cannot grow without bound either."""
+_deadline: ContextVar[float] = ContextVar("deadline")
 
+
+def _check_time() -> None:
+    if time.monotonic() > _deadline.get():
+        raise OverflowError(f"it takes longer than {MAX_RENDER_S:g} s")
+
+
+def _timed(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        _check_time()
+        yield item
+
+
+class _TimedLoops(CodeGenerator):
+    """Compiles each loop so that every round looks at the clock."""
+
+    def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
+        """Let every loop of the template go over ``_timed`` items."""
+        for loop in node.find_all(nodes.For):
+            place = {"lineno": loop.lineno, "environment": self.environment}
+            loop.iter = nodes.Filter(loop.iter, "timed", [], [], None, None, **place)
+        super().visit_Template(node, frame)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja2's sandbox, with an end: loops and calls hold to a time, products to a size."""
+
+    code_generator_class = _TimedLoops
     intercepted_binops = frozenset({"*", "**"})
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Return what a function or macro returns."""
+        _check_time()
+        return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Return a product, or a power of small numbers."""
@@ -210,6 +242,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["timed"] = _timed
     sandbox.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     return sandbox.from_string(template)
 
