@@ -271,7 +271,6 @@ def write_tokenizer(file: GGUFFile, target: Path) -> None:
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer, tokenizer.pre_tokenizer = splitting(text(file, "tokenizer.ggml.pre"))
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     for type_, special in ((CONTROL, True), (USER_DEFINED, False)):
         added = [
             AddedToken(token, normalized=False, special=special)
@@ -279,13 +278,19 @@ def write_tokenizer(file: GGUFFile, target: Path) -> None:
             if its == type_
         ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-    tokenizer.save(str(target / "tokenizer.json"))
     settings: dict[str, Any] = {}
     for name in ("bos", "eos", "unknown", "padding"):
         id = file.keys.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(id, int) and 0 <= id < len(tokens):
             short = {"unknown": "unk", "padding": "pad"}.get(name, name)
             settings[f"{short}_token"] = tokens[id]
+    first = settings.get("bos_token") if file.keys.get("tokenizer.ggml.add_bos_token") else None
+    if first is not None:
+        id = tokenizer.token_to_id(first)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[first, "$A"], special_tokens=[(first, id)]
+        )
+    tokenizer.save(str(target / "tokenizer.json"))
     if template := text(file, "tokenizer.chat_template"):
         settings["chat_template"] = template
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
