@@ -45,7 +45,8 @@ def prefill(model: GPT, ids: Sequence[int], cache: KVCache) -> Tensor:
     """
     with torch.inference_mode():
         batch = torch.tensor([list(ids)], device=cache.k.device)  # (1, T)
-        return model(batch, cache, last_only=True)[0, -1]
+        logits: Tensor = model(batch, cache, last_only=True)
+        return logits[0, -1]
 
 
 def decode(model: GPT, id: int, cache: KVCache) -> Tensor:

@@ -7,6 +7,7 @@ the largest divisor below the table's count, and ``ModelSpec.note`` says so.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,6 +33,18 @@ class RopeScaling(BaseModel):
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be above low_freq_factor")
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """Linear layers of one kind: (columns) inputs to (rows) outputs, ``count`` of them."""
+
+    name: str
+    """The module's own name, the last part of its path."""
+    rows: int
+    columns: int
+    bias: bool
+    count: int
 
 
 class ModelSpec(BaseModel):
@@ -118,12 +131,24 @@ class ModelSpec(BaseModel):
         return sum(self.parameters_by_part.values())
 
     @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """The kinds of linear layers: the projections of a block, then the head."""
+        d, L = self.width, self.layers
+        return (
+            LinearShape("q", self.q_width, d, self.qkv_bias, L),
+            LinearShape("k", self.kv_width, d, self.qkv_bias, L),
+            LinearShape("v", self.kv_width, d, self.qkv_bias, L),
+            LinearShape("out", d, self.q_width, self.bias, L),
+            *((LinearShape("gate", self.hidden, d, self.bias, L),) * (self.mlp == "swiglu")),
+            LinearShape("up", self.hidden, d, self.bias, L),
+            LinearShape("down", d, self.hidden, self.bias, L),
+            LinearShape("head", self.vocabulary, d, False, 1),
+        )
+
+    @property
     def matmul_parameters(self) -> int:
         """Weights that every decoded token multiplies with: block projections and head."""
-        d = self.width
-        block = d * (self.q_width + 2 * self.kv_width) + self.q_width * d
-        block += (3 if self.mlp == "swiglu" else 2) * d * self.hidden
-        return self.layers * block + self.vocabulary * d
+        return sum(one.rows * one.columns * one.count for one in self.linears)
 
     def weights_bytes(self, precision: str) -> int:
         """Bytes of all parameters at ``precision`` (fp32, bf16 or fp16)."""

@@ -172,8 +172,7 @@ def test_a_nan_ends_the_request_in_the_same_step() -> None:
     engine.model.register_forward_hook(poison)
     seen = []
     with pytest.raises(NumericalError):
-        for token in engine.start(Request(prompt="Once", max_new_tokens=100)):
-            seen.append(token)
+        seen.extend(engine.start(Request(prompt="Once", max_new_tokens=100)))
     assert len(seen) == 3
 
 

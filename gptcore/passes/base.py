@@ -70,10 +70,15 @@ class Pass(BaseModel):
         """Return the resident bytes of the weights after this pass, given those before it."""
         return before
 
+    def weights_peak_bytes(self, spec: ModelSpec, placement: Placement, before: int) -> int:
+        """Return the most bytes that the weights take while this pass runs."""
+        return max(before, self.weights_bytes_after(spec, placement, before))
+
     def apply(self, model: GPT, context: PassContext) -> GPT:
         """Return the converted model; ``model`` itself is the pass's to reuse.
 
         The caller hands over a model that nobody else holds, so that no second copy is needed.
+        Its tensors may be the mapped file: they are replaced, never written to.
         """
         raise AssertionError(f"{type(self).__name__} does not say how to apply itself")
 

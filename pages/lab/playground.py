@@ -229,6 +229,7 @@ def tick(found: Snapshot) -> float:
 
 def writing(lab: Lab, run_id: str, was_active: bool) -> None:
     """Draw the text of a run; a fragment that runs again until the run has ended."""
+    redraw_after_click()
     found = lab.snapshot(run_id)
     if found is None:
         return
@@ -302,7 +303,7 @@ def prompt_field(found: Snapshot | None) -> None:
     busy = found is not None and not found.run.state.final
     st.text_area(
         "Prompt",
-        key=bound("prompt", current().prompt),
+        key=bound("prompt", current().prompt, typed=True),
         height=82,
         placeholder="Say something" if chat else "Begin a text that the model goes on with",
         label_visibility="collapsed",
@@ -331,10 +332,15 @@ def prompt_field(found: Snapshot | None) -> None:
             )
 
 
-def controls(lab: Lab) -> None:
-    """Draw the samplers and the ranking, which answers to them; a fragment of its own."""
+def redraw_after_click() -> None:
+    """Draw the whole page where a click in a fragment began a text, or could not."""
     if st.session_state.get("problems") or st.session_state.pop("started", False):
         st.rerun()
+
+
+def controls(lab: Lab) -> None:
+    """Draw the samplers and the ranking, which answers to them; a fragment of its own."""
+    redraw_after_click()
     with st.container(border=True):
         samplers.temperature()
         samplers.more_samplers()

@@ -89,7 +89,7 @@ def current_look() -> Look | None:
 
 def picked(key: str = "ranked tokens") -> int | None:
     """Return the id of the token that was clicked, or None."""
-    value: Any = getattr(st.session_state.get(key), "pick", None)
+    value: Any = (st.session_state.get(key) or {}).get("pick")
     try:
         return int(value["id"])
     except (TypeError, KeyError, ValueError):

@@ -57,7 +57,7 @@ def limits() -> None:
             )
         st.text_area(
             "Stop strings, one a line",
-            key=bound("stop", lines_of(current().stop)),
+            key=bound("stop", lines_of(current().stop), typed=True),
             height=70,
             on_change=_take_stops,
             help=f"{_help('stop')} Write \\n for a line end.",
@@ -132,7 +132,7 @@ def _number(name: str) -> None:
         min_value=least,
         max_value=min(most, max(2**53 - 1, getattr(current(), name))) if most == MAX_SEED else most,
         step=1,
-        key=bound(name, getattr(current(), name)),
+        key=bound(name, getattr(current(), name), typed=True),
         on_change=taken_from,
         args=(name, name),
         help=_help(name),

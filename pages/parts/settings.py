@@ -6,6 +6,7 @@ through ``change``, which validates again what a browser sent.
 
 from __future__ import annotations
 
+import time
 from copy import copy
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from pages.parts.services import lab as shared_lab
 
 NAMED_PRECISIONS = (*PRECISIONS, *SHORTHANDS)
 ID_CHARS = 64
+TOLD_AGAIN_S = 2.0
 
 
 def _as_in(owner: Any, name: str) -> Any:
@@ -161,14 +163,23 @@ def taken_from(key: str, name: str) -> None:
         change(**{name: value})
 
 
-def bound(key: str, value: Any) -> str:
+def bound(key: str, value: Any, *, typed: bool = False) -> str:
     """Make the widget ``key`` show ``value`` and return the key.
 
     Streamlit forgets a widget's value when its page is left, and what stands in the session is the
-    truth; but a value that the browser has already is not sent again, lest it takes away what
-    somebody is typing.
+    truth, so it is told in every run: a browser that is sent two drawings at once takes only the
+    second, and would show a slider at its lowest value if that one did not tell.
+
+    Args:
+        key: of the widget.
+        value: what it shall show.
+        typed: whether somebody types into it. What is being typed is not known here, and would be
+            taken away; so a value is told again only for a moment after it has changed.
     """
+    told: dict[str, float] = st.session_state.setdefault("told_at", {})
     if key not in st.session_state or st.session_state[key] != value:
+        told[key] = time.monotonic()
+    if not typed or time.monotonic() - told.get(key, 0.0) < TOLD_AGAIN_S:
         st.session_state[key] = value
     return key
 
@@ -180,9 +191,12 @@ def run_id() -> str | None:
 
 
 def show_run(found: str | None) -> None:
-    """Put a generation on the playground's page, and its id into the address."""
+    """Put a generation on the playground's page; the next full run puts its id into the address.
+
+    What a callback writes into the address is lost where the fragment that it belongs to asks for
+    a full run.
+    """
     st.session_state["run"] = found
-    write_url()
 
 
 def session_id() -> str:

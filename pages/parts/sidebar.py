@@ -37,7 +37,7 @@ def draw(lab: Lab) -> None:
                 "CPU threads",
                 min_value=0,
                 max_value=1024,
-                key=bound("threads", chosen.threads),
+                key=bound("threads", chosen.threads, typed=True),
                 on_change=taken_from,
                 args=("threads", "threads"),
                 help="0 takes every physical core. The same seed gives the same text only with "

@@ -89,7 +89,7 @@ def token_text(
 
 def branched(key: str) -> tuple[str, int, int] | None:
     """Return (run id, index of the token, id of the alternative) of the click, or None."""
-    value: Any = getattr(st.session_state.get(key), "branch", None)
+    value: Any = (st.session_state.get(key) or {}).get("branch")
     try:
         return str(value["run"]), int(value["index"]), int(value["id"])
     except (TypeError, KeyError, ValueError):

@@ -44,7 +44,7 @@ BROWSER_OPTIONS = (
 
 PROBES = ("/_stcore/health", "/_stcore/host-config")
 
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=30_000)
 
 
 class Server:

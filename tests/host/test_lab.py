@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny import tiny_checkpoint
 
 from gptcore.errors import ContextOverflow, DeviceBusy, DoesNotFit, InvalidInput, UnknownModel
 from gptcore.host.lock import device_lock
@@ -18,6 +17,7 @@ from gptcore.lab import Lab, Snapshot
 from gptcore.records import Request, RunState, Sampling
 from gptcore.sampling import stages
 from gptcore.store import open_store
+from tests.tiny import tiny_checkpoint
 
 
 @pytest.fixture
