@@ -58,20 +58,25 @@ def describe(path: Path, progress: Progress = silent) -> Checkpoint:
             match the config; all of them are named.
         InvalidSpec: the config contradicts itself or is of another family.
     """
-    directory = gguf.converted(path, progress) if path.suffix.lower() == ".gguf" else path
-    if not directory.is_dir():
-        raise InvalidWeights(
-            f"{path.name} is neither a model folder nor a .gguf file: a model is a folder with "
-            "config.json and safetensors files, or one .gguf file."
+    try:
+        directory = gguf.converted(path, progress) if path.suffix.lower() == ".gguf" else path
+        if not directory.is_dir():
+            raise InvalidWeights(
+                f"{path.name[:80]!r} is neither a model folder nor a .gguf file: a model is a "
+                "folder with config.json and safetensors files, or one .gguf file."
+            )
+        found = huggingface.inspect(directory)
+        return Checkpoint(
+            directory=directory,
+            spec=found.spec,
+            source_precision=found.source_precision,
+            weights_id=weights_id(found.files),
+            stored_bytes=sum(file.stat().st_size for file in found.files),
         )
-    found = huggingface.inspect(directory)
-    return Checkpoint(
-        directory=directory,
-        spec=found.spec,
-        source_precision=found.source_precision,
-        weights_id=weights_id(found.files),
-        stored_bytes=sum(file.stat().st_size for file in found.files),
-    )
+    except OSError as error:
+        raise InvalidWeights(
+            f"{path.name[:80]!r} cannot be read: {error.strerror or error}."
+        ) from None
 
 
 def weights_id(files: tuple[Path, ...]) -> str:
