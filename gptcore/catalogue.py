@@ -23,10 +23,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from gptcore import hub, weights
-from gptcore.errors import GptcoreError, InvalidInput, NetworkError, UnknownModel
+from gptcore.errors import (
+    GptcoreError,
+    InvalidInput,
+    InvalidWeights,
+    NetworkError,
+    UnknownModel,
+)
 from gptcore.spec import PRESETS, SMOLLM2_135M, ModelSpec
 from gptcore.tokenizer import chat_template_of, load_tokenizer, read_json
 from gptcore.weights import Checkpoint
@@ -132,7 +137,7 @@ class Catalogue:
             return checkpoint.spec, checkpoint.weights_id
         entry = self.entry(name)
         if entry.problem:
-            raise UnknownModel(f"{name}: {entry.problem}")
+            raise UnknownModel(f"{name} cannot be used: {entry.problem}")
         if entry.kind == "random":
             assert entry.spec is not None
             return entry.spec, RANDOM
@@ -162,6 +167,7 @@ class Catalogue:
             NetworkError: the hub could not be reached; the fetched part stays for the next try.
         """
         path = as_path(str(source))
+        path = source_of(path) if path and path.is_dir() else path
         if path and path.is_dir():
             bring = functools.partial(copy_folder, path)
             card = {"provenance": f"folder {path}"}
@@ -231,7 +237,7 @@ class Catalogue:
         folder = self._folder_of(name)
         source = source_of(folder)
         if not source.resolve().is_relative_to(self.folder.resolve() / name):
-            raise InvalidInput("it is a link that leads out of the models folder.")
+            raise InvalidInput(f"The files of {name} are a link out of the models folder: refused.")
         return source
 
     def _installed(self, name: str) -> ModelEntry:
@@ -301,30 +307,31 @@ class Catalogue:
         if self._folder_of(name).exists():
             raise InvalidInput(taken(name))
         try:
-            with self._beside() as work:
+            with self._beside(name) as work:
                 bring(work, part_of(progress, 0.0, brought))
                 checkpoint = weights.describe(source_of(work), part_of(progress, brought, 1.0))
                 load_tokenizer(checkpoint.directory)
                 added = {"added_at": datetime.now(UTC).isoformat(timespec="seconds")}
                 found = {"licence": licence} if (licence := licence_in(work)) else {}
                 (work / "card.json").write_text(json.dumps(found | card | added, indent=1))
+                progress(1.0)
                 work.rename(self._folder_of(name))
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise InvalidInput(taken(name)) from None
             raise InvalidInput(f"{name} could not be added: {error.strerror or error}.") from None
-        progress(1.0)
         return name
 
     @contextlib.contextmanager
-    def _beside(self) -> Iterator[Path]:
-        work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.folder))
-        work.chmod(0o755)
+    def _beside(self, name: str) -> Iterator[Path]:
+        place = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.folder))
+        work = place / name
         try:
+            work.mkdir()
             yield work
         finally:
             forget_conversions(work)
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def taken(name: str) -> str:
@@ -380,19 +387,24 @@ def usual_name(stem: str) -> str:
     return FOREIGN_CHARACTERS.sub("-", stem).strip("-._")[:100]
 
 
+def gguf_files(folder: Path) -> list[Path]:
+    """Return the GGUF files of a folder, none where it is missing."""
+    return sorted(one for one in folder.glob("*.[gG][gG][uU][fF]") if one.is_file())
+
+
 def source_of(folder: Path) -> Path:
     """Return what ``weights.describe`` shall read in a model's folder."""
-    files = sorted(folder.glob("*.gguf"))
+    files = gguf_files(folder)
     return files[0] if len(files) == 1 and not (folder / "config.json").exists() else folder
 
 
 def card_of(folder: Path) -> dict[str, str]:
     """Return the card's texts, empty where it is missing or damaged."""
     try:
-        card: Any = json.loads((folder / "card.json").read_text())
-    except (OSError, ValueError):
+        card = read_json(folder, "card.json")
+    except (OSError, InvalidWeights):
         return {}
-    return {k: v for k, v in card.items() if isinstance(v, str)} if isinstance(card, dict) else {}
+    return {name: text for name, text in card.items() if isinstance(text, str)}
 
 
 def licence_in(folder: Path) -> str | None:
@@ -407,9 +419,8 @@ def licence_in(folder: Path) -> str | None:
 
 def forget_conversions(folder: Path) -> None:
     """Remove what the GGUF files of a folder were converted to."""
-    for file in folder.glob("*.gguf"):
-        if file.is_file():
-            shutil.rmtree(conversion_of(file), ignore_errors=True)
+    for file in gguf_files(folder):
+        shutil.rmtree(conversion_of(file), ignore_errors=True)
 
 
 def part_of(progress: Progress, begin: float, end: float) -> Progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -92,7 +93,7 @@ def _fetch_all(
 ) -> None:
     from huggingface_hub import HfApi
 
-    info = HfApi().model_info(model, files_metadata=True, timeout=TIMEOUT_S)
+    info = HfApi(endpoint=_endpoint()).model_info(model, files_metadata=True, timeout=TIMEOUT_S)
     revision = info.sha if info.sha and PLAIN_NAME.fullmatch(info.sha) else "main"
     files = tuple(_listed(model, revision, info.siblings or (), wanted))
     folder = _folder_of(model) / revision
@@ -108,6 +109,11 @@ def _fetch_all(
     for file in files:
         shutil.move(folder / file.name, target / file.name)
     shutil.rmtree(folder.parent)
+
+
+def _endpoint() -> str | None:
+    """Return the hub's address where it is not the usual one."""
+    return os.environ.get("HF_ENDPOINT") or None
 
 
 def _tell(progress: Callable[[float], None], total: int, before: int, there: int) -> None:
@@ -131,7 +137,7 @@ def _listed(
         if not PLAIN_NAME.fullmatch(str(name)) or not isinstance(size, int):
             continue
         if any(fnmatch.fnmatch(str(name), pattern) for pattern in wanted):
-            url = hf_hub_url(model, str(name), revision=revision)
+            url = hf_hub_url(model, str(name), revision=revision, endpoint=_endpoint())
             yield HubFile(str(name), url, size, getattr(lfs, "sha256", None))
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROW_MULTIPLE = 16
 """The int4 operation takes output rows in blocks of this many; the last block is padded."""
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 4096
 """Rows whose int4 codes are computed at once: a head's float copies would be as big as a model."""
 ENGINES = ("x86", "fbgemm", "qnnpack")
 """Torch's int8 kernels that hold one byte a weight, the fastest first; a Mac has the last only."""

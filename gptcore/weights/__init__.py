@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcore.errors import InvalidWeights
+from gptcore.errors import InvalidSpec, InvalidWeights
 from gptcore.paths import cache_dir
 from gptcore.spec import ModelSpec
 from gptcore.weights import gguf, huggingface
@@ -65,7 +65,7 @@ def describe(path: Path, progress: Progress = silent) -> Checkpoint:
                 f"{path.name[:80]!r} is neither a model folder nor a .gguf file: a model is a "
                 "folder with config.json and safetensors files, or one .gguf file."
             )
-        found = huggingface.inspect(directory)
+        found = _inspected(directory, path.name)
         return Checkpoint(
             directory=directory,
             spec=found.spec,
@@ -77,6 +77,14 @@ def describe(path: Path, progress: Progress = silent) -> Checkpoint:
         raise InvalidWeights(
             f"{path.name[:80]!r} cannot be read: {error.strerror or error}."
         ) from None
+
+
+def _inspected(directory: Path, name: str) -> huggingface.Inspected:
+    """Inspect a directory; what is refused goes by the name that a person knows."""
+    try:
+        return huggingface.inspect(directory)
+    except (InvalidWeights, InvalidSpec) as error:
+        raise type(error)(str(error).replace(directory.name, name)) from None
 
 
 def weights_id(files: tuple[Path, ...]) -> str:

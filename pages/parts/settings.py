@@ -191,11 +191,7 @@ def run_id() -> str | None:
 
 
 def show_run(found: str | None) -> None:
-    """Put a generation on the playground's page; the next full run puts its id into the address.
-
-    What a callback writes into the address is lost where the fragment that it belongs to asks for
-    a full run.
-    """
+    """Put a generation on the playground's page; the next full run puts its id into the address."""
     st.session_state["run"] = found
 
 

@@ -132,10 +132,10 @@ class Server:
             "GPTLAB_LOCKS": str(self._locks),
         }
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+            command, cwd=ROOT, env=environment, capture_output=True, timeout=120
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
 
     def run(self, run_id: str) -> dict[str, str]:
         """Return state and text of a run as they stand in the database."""

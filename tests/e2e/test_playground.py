@@ -196,7 +196,7 @@ def test_a_click_on_an_alternative_keeps_the_first_tokens_and_takes_the_clicked_
     other = page.locator("button.row:not(.chosen)").first
     label = other.locator(".piece").inner_text()
     other.click()
-    until(lambda: run_of(page) != run)
+    page.wait_for_url(lambda url: run not in url)
     ended(page)
     after = tokens(page).all_inner_texts()
     assert after[:at] == before[:at]
