@@ -375,6 +375,8 @@ def preset(name: str) -> ModelEntry:
 
 def as_path(name: str) -> Path | None:
     """Return the path that a name means: one that exists, or can only be meant as one."""
+    if not name.strip():
+        return None
     try:
         path = Path(name).expanduser()
         return path if path.exists() or path.suffix.lower() == ".gguf" else None
