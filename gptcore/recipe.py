@@ -43,6 +43,9 @@ class Recipe(BaseModel):
                     f"{after.name} ({after.stage.name}) stands after {before.name} "
                     f"({before.stage.name}); the order is SHAPE, NUMBERS, RUNTIME"
                 )
+        quantizers = [one.name for one in value if one.name in SHORTHANDS]
+        if len(quantizers) > 1:
+            raise ValueError(f"{' and '.join(quantizers)} both quantize; choose one")
         return value
 
     @field_serializer("passes")

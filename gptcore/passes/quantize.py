@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROW_MULTIPLE = 16
 """The int4 operation takes output rows in blocks of this many; the last block is padded."""
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 512
 """Rows whose int4 codes are computed at once: a head's float copies would be as big as a model."""
 ENGINES = ("x86", "fbgemm", "qnnpack")
 """Torch's int8 kernels that hold one byte a weight, the fastest first; a Mac has the last only."""
@@ -159,9 +159,7 @@ def _after(spec: ModelSpec, placement: Placement, before: int, packed: dict[str,
     return before + sum((packed[one.name] - float_bytes(one)) * one.count for one in changed)
 
 
-def _peak(
-    spec: ModelSpec, before: int, after: int, scratch: Callable[[LinearShape], int]
-) -> int:
+def _peak(spec: ModelSpec, before: int, after: int, scratch: Callable[[LinearShape], int]) -> int:
     """Return the larger of two moments: the first block is packed, or the head is, the last."""
     *blocks, head = spec.linears
     return max(before + max(map(scratch, blocks)), after + scratch(head))

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 import gptcore.passes
 from gptcore.errors import InvalidInput
 from gptcore.passes.base import Pass
+from gptcore.sentences import brief, sentence
 
 
 @functools.cache
@@ -41,15 +42,17 @@ def pass_from_json(value: Any) -> Pass:
     """
     if not isinstance(value, dict) or not isinstance(value.get("pass"), str):
         raise InvalidInput('A pass is a JSON object such as {"pass": "int8"}.')
-    name = value["pass"]
+    name, fields = value["pass"], {key: val for key, val in value.items() if key != "pass"}
     if name not in passes():
-        raise InvalidInput(f"There is no pass {name!r}; there are: {', '.join(passes())}.")
+        raise InvalidInput(f"There is no pass {brief(name)!r}; there are: {', '.join(passes())}.")
+    kind = passes()[name]
+    if strange := [key for key in fields if key not in kind.model_fields]:
+        there = f"it has: {', '.join(kind.model_fields)}" if kind.model_fields else "it has none"
+        raise InvalidInput(f"Pass {name!r} has no parameter {brief(strange[0])!r}; {there}.")
     try:
-        return passes()[name](**{key: val for key, val in value.items() if key != "pass"})
+        return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its fields"
-        raise InvalidInput(f"Pass {name!r}, {where}: {first['msg']}.") from None
+        raise InvalidInput(f"Pass {name!r}: {sentence(error, kind)}") from None
 
 
 def _leaves(root: type[Pass]) -> list[type[Pass]]:

@@ -7,10 +7,11 @@ place of the pages where one becomes text.
 from __future__ import annotations
 
 import math
-import unicodedata
 from datetime import UTC, datetime, tzinfo
 from typing import TypeGuard
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from gptcore.sentences import one_line as one_line
 
 UNKNOWN = "—"
 """What stands where a number is not known; never a 0."""
@@ -136,14 +137,6 @@ def ago(at: datetime | None, now: datetime) -> str:
         if seconds >= scale:
             return f"{seconds // scale:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
-
-
-def one_line(text: str, most: int = 80) -> str:
-    """Return text for one cell: line ends and controls become spaces, a long one ends in an …."""
-    # Four times what is shown leaves room for runs of white space; a 10 MB text is not walked.
-    flat = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text[: 4 * most])
-    flat = " ".join(flat.split())
-    return flat if len(flat) <= most and len(text) <= 4 * most else f"{flat[: most - 1].rstrip()}…"
 
 
 def escaped(text: str) -> str:
