@@ -365,10 +365,10 @@ if st.session_state.pop("play", False):
 st.session_state.pop("started", None)
 snapshot = shown_snapshot(lab)
 header(lab, snapshot)
-left, right = st.columns([1.6, 1], gap="medium")
-with left:
+grid = st.grid(5, min_column_width=150, gap=("small", "medium"))
+with grid.cell(column_span=3):
     conversation(lab, snapshot)
     prompt_field(snapshot)
     outcome(lab, snapshot)
-with right:
+with grid.cell(column_span=2):
     st.fragment(controls)(lab)

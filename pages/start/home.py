@@ -124,7 +124,7 @@ def now_running() -> None:
 def one_run(run: Run) -> None:
     """Draw a run in one line: its state, its first words, what it cost, and when."""
     name, icon, color = charts.STATE_LOOKS[run.state]
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    with st.container(horizontal=True, vertical_alignment="center", gap="small", wrap=False):
         st.badge(name, icon=icon, color=color, width=110)  # type: ignore[arg-type]
         st.text(shown.one_line(run.error or run.text or "…", 90), width="stretch", wrap=False)
         speed = shown.rate(run.numbers.decode_tokens_per_s) if run.numbers else ""

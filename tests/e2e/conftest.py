@@ -131,9 +131,7 @@ class Server:
             "GPTLAB_DATA": str(self.data),
             "GPTLAB_LOCKS": str(self._locks),
         }
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, timeout=120
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode()
 
