@@ -92,8 +92,16 @@ def _fetch_all(
     model: str, wanted: Sequence[str], target: Path, progress: Callable[[float], None]
 ) -> None:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
 
-    info = HfApi(endpoint=_endpoint()).model_info(model, files_metadata=True, timeout=TIMEOUT_S)
+    try:
+        info = HfApi(endpoint=_endpoint()).model_info(model, files_metadata=True, timeout=TIMEOUT_S)
+    except HFValidationError:
+        raise
+    except (ValueError, KeyError, TypeError):  # such as the page of a hotel's network
+        raise NetworkError(
+            f"{model} could not be fetched: what answers in the hub's place is not the hub."
+        ) from None
     revision = info.sha if info.sha and PLAIN_NAME.fullmatch(info.sha) else "main"
     files = tuple(_listed(model, revision, info.siblings or (), wanted))
     folder = _folder_of(model) / revision

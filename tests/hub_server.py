@@ -30,6 +30,8 @@ class Hub:
     """Whether a part of a file can be asked for."""
     refuse: tuple[int, str] | None = None
     """Status and error code with which everything is answered."""
+    portal: bytes | None = None
+    """What is answered in the hub's place, whatever is asked."""
     moved_to: str | None = None
     """Another server that files are fetched from."""
     listed: dict[str, bytes] | None = None
@@ -76,6 +78,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            if hub.portal is not None:
+                return self.answer(200, hub.portal)
             if hub.refuse:
                 return self.answer(hub.refuse[0], b"{}", {"X-Error-Code": hub.refuse[1]})
             if path == f"/api/models/{hub.name}":

@@ -236,6 +236,16 @@ def test_a_hub_that_refuses_is_told_in_a_sentence(
     assert list(catalogue.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("portal", [b"", b"<html>Please log in</html>", b"{}", b"[]"])
+def test_something_else_in_the_hubs_place_is_told_in_a_sentence(
+    hub: Hub, catalogue: Catalogue, portal: bytes
+):
+    hub.portal = portal
+    with pytest.raises(NetworkError, match=f"{NAME} could not be fetched"):
+        catalogue.add(NAME, "mine", quiet)
+    assert list(catalogue.folder.iterdir()) == []
+
+
 def test_without_a_network_a_sentence_says_so(
     hub: Hub, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
 ):

@@ -60,7 +60,7 @@ def conversion_of(file: Path) -> Path:
         InvalidWeights: the file is missing.
     """
     if not file.is_file():
-        raise InvalidWeights(f"There is no file {file.name!r}.")
+        raise InvalidWeights(f"There is no file {file.name[:80]!r}.")
     stat = file.stat()
     # By inode, so that a conversion stays with a file that is renamed.
     stamp = f"{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}"
