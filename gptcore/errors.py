@@ -103,6 +103,12 @@ class NetworkError(GptcoreError):
     kind = "network_error"
 
 
+def internal_error(error: Exception) -> tuple[str, str]:
+    """Return kind and sentence for an error that is ours; the log has the rest."""
+    last = f"{type(error).__name__}: {error}"
+    return "internal_error", f"An error of this program, not yours: {last}. The log has more."
+
+
 def _all_kinds(root: type[GptcoreError]) -> dict[str, type[GptcoreError]]:
     found = {root.kind: root}
     for child in root.__subclasses__():

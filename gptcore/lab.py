@@ -6,6 +6,7 @@ A page, the command line and a notebook all talk to a ``Lab``; see ``docs/archit
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 import threading
 import time
@@ -20,7 +21,7 @@ import numpy as np
 
 from gptcore.catalogue import Catalogue, ModelEntry
 from gptcore.device import Device, devices, require_device
-from gptcore.errors import Cancelled, GptcoreError, StoreError, UnknownModel
+from gptcore.errors import Cancelled, GptcoreError, StoreError, UnknownModel, internal_error
 from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
 from gptcore.monitor import Monitor, gpu_collector, machine_collectors
@@ -52,6 +53,8 @@ ABANDONED_AFTER_S = 15.0
 """A generation that no connected browser session has looked at for so long is cancelled."""
 DEFAULT_CONTEXT_TOKENS = 2048
 """The cache that ``fit`` plans for when nobody says how long a text shall be."""
+
+log = logging.getLogger(__name__)
 
 Series = Mapping[tuple[str, str], tuple[Sequence[float], Sequence[float]]]
 
@@ -562,13 +565,10 @@ class Lab:
             except Cancelled as error:
                 ended = replace(run, state=RunState.CANCELLED, ended_at=now(), error=str(error))
             except GptcoreError as error:
-                ended = replace(
-                    run,
-                    state=RunState.FAILED,
-                    ended_at=now(),
-                    error_kind=error.kind,
-                    error=str(error),
-                )
+                ended = _failed(run, error.kind, str(error))
+            except Exception as error:  # else the job would stand there as running for ever
+                log.exception("A job failed")
+                ended = _failed(run, *internal_error(error))
             live.problem = self._try_to_save(lambda store: store.finish_run(ended, ()))
             live.end(ended)
 
@@ -582,3 +582,7 @@ class Lab:
             assert entry.spec is not None
             return byte_tokenizer(entry.spec.vocabulary)
         return load_tokenizer(self.catalogue.checkpoint(model).directory)
+
+
+def _failed(run: Run, kind: str, sentence: str) -> Run:
+    return replace(run, state=RunState.FAILED, ended_at=now(), error_kind=kind, error=sentence)

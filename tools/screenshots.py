@@ -23,8 +23,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import SMOLLM2, USERS_DATA, chromium, share  # noqa: E402
-from tests.e2e.conftest import BROWSER_OPTIONS, free_port  # noqa: E402
+from tests.conftest import SMOLLM2, USERS_DATA, chromium, share
+from tests.e2e.conftest import BROWSER_OPTIONS, free_port
 
 TEXTS = ("A short tale", "Explain", "A list")
 PAGES = ("", "playground", "models", "live")

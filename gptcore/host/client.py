@@ -83,12 +83,15 @@ class LiveRun:
             self._tokens.append(token)
             self._phase, self._progress = "writing", None
 
-    def end(self, run: Run) -> None:
-        """Take the final state."""
+    def end(self, run: Run, then: Callable[[], None] = lambda: None) -> None:
+        """Take the final state; who waits for the end goes on after ``then``."""
         with self._lock:
             self._run = run
             self._phase, self._progress = str(run.state), None
-        self.ended.set()
+        try:
+            then()
+        finally:
+            self.ended.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +304,7 @@ class HostClient:
     ) -> None:
         run, *_ = order.live.look()
         run = replace(run, state=state, ended_at=now(), error=sentence, error_kind=kind)
-        order.live.end(run)
-        self._on_ended(order.live, False)
+        order.live.end(run, lambda: self._on_ended(order.live, False))
 
     def _start(self) -> None:
         if self.pid:
@@ -376,8 +378,8 @@ class HostClient:
             if "logits" in message:
                 logits = np.frombuffer(base64.b64decode(message["logits"]), dtype="<f4")
                 live.logits = (tuple(message["ids"]), logits)
-            live.end(run_from_json(message["run"]))
-            self._on_ended(live, bool(message["saved"]))
+            saved = bool(message["saved"])
+            live.end(run_from_json(message["run"]), lambda: self._on_ended(live, saved))
 
 
 def _close_quietly(pipe: IO[bytes] | None) -> None:

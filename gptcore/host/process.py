@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from typing import Any, BinaryIO
 
 from gptcore.catalogue import Catalogue
-from gptcore.errors import Cancelled, GptcoreError, StoreError
+from gptcore.errors import Cancelled, GptcoreError, StoreError, internal_error
 from gptcore.host.wire import encode, run_from_json, run_to_json, token_to_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.paths import models_dir
@@ -101,19 +101,13 @@ class HostProcess:
                 self._finish(finished, tokens)
             else:
                 self._look(run, variant, request, order["answer_ids"], watcher)
-        except Exception:  # the loop must live on; the run says what happened, the log says where
+        except Exception as error:  # the loop must live on; the run says what, the log says where
             traceback.print_exc(file=sys.stderr)
-            last = traceback.format_exc().strip().splitlines()[-1]
-            self._finish(
-                replace(
-                    run,
-                    state=RunState.FAILED,
-                    ended_at=now(),
-                    error_kind="internal_error",
-                    error=f"An error of this program, not yours: {last}. The host's log has more.",
-                ),
-                (),
+            kind, sentence = internal_error(error)
+            failed = replace(
+                run, state=RunState.FAILED, ended_at=now(), error_kind=kind, error=sentence
             )
+            self._finish(failed, ())
         finally:
             self._cancelled.discard(run.id)
 

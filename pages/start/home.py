@@ -93,7 +93,7 @@ def machine() -> None:
 def now_running() -> None:
     """Draw what runs now; this part runs again every two seconds."""
     running, waiting = lab.queue()
-    with st.grid(4, min_column_width=150, gap="small"):
+    with st.grid(4, min_column_width=110, gap="small"):
         st.metric("Running now", shown.whole(running), border=True)
         st.metric("Waiting", shown.whole(waiting), border=True)
         held = lab.loaded()
@@ -125,12 +125,12 @@ def one_run(run: Run) -> None:
     """Draw a run in one line: its state, its first words, what it cost, and when."""
     name, icon, color = charts.STATE_LOOKS[run.state]
     with st.container(horizontal=True, vertical_alignment="center", gap="small", wrap=False):
-        st.badge(name, icon=icon, color=color, width=110)  # type: ignore[arg-type]
+        st.badge(name, icon=icon, color=color)  # type: ignore[arg-type]
         st.text(shown.one_line(run.error or run.text or "…", 90), width="stretch", wrap=False)
         speed = shown.rate(run.numbers.decode_tokens_per_s) if run.numbers else ""
         when = shown.ago(run.created_at, datetime.now(UTC))
         st.caption(
-            " · ".join(part for part in (shown.escaped(run.model), speed, when) if part),
+            " · ".join(part for part in (speed, when) if part),
             width="content",
         )
         st.page_link(
