@@ -1,8 +1,7 @@
 """A chart that stays: one Plotly drawing in the browser, fed with new numbers at every refresh.
 
 ``st.plotly_chart`` makes a new drawing each time, which costs the browser 100 ms and loses the
-reader's zoom. Here the drawing is kept and ``Plotly.react`` changes only its numbers; what was
-measured stands in ``docs/live_charts.md``.
+reader's zoom. Here the drawing is kept and ``Plotly.react`` changes only its numbers.
 
 What goes over the wire is one block of bytes: a JSON head (title, unit, names), then the numbers as
 little-endian 32-bit floats. Times are sent as seconds since the left edge, so that 32 bits resolve
