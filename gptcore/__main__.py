@@ -1,59 +1,114 @@
 """``python -m gptcore``: the laboratory without a browser.
 
-Exit status: 0 done, 2 the input was wrong (one sentence on standard error).
+Exit status: 0 done, 2 the input was wrong (one sentence on standard error), 130 stopped with
+Ctrl-C, 141 nobody reads the output any more. A generation that is stopped is kept as cancelled.
 """
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while all this is being imported ends without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import Catalogue, ModelEntry
-from gptcore.device import devices, require_device
-from gptcore.errors import DeviceBusy, GptcoreError, InvalidInput
+from gptcore.device import devices, free_bytes, require_device
+from gptcore.errors import (
+    Cancelled,
+    DeviceAbsent,
+    DeviceBusy,
+    DoesNotFit,
+    GptcoreError,
+    InvalidInput,
+    StoreError,
+    UnknownModel,
+)
 from gptcore.fit import gib
+from gptcore.host.wire import error_from_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.paths import models_dir
 from gptcore.provenance import owner, provenance
 from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
-from gptcore.records import MAX_SEED, Message, Request, Run, RunKind, RunState, new_id, now
+from gptcore.records import (
+    MAX_SEED,
+    Message,
+    Request,
+    Run,
+    RunKind,
+    RunState,
+    Token,
+    new_id,
+    now,
+)
+from gptcore.sentences import brief, one_line, sentence
 from gptcore.store import open_store
 
 PRECISIONS = ("fp32", "bf16", "fp16", *SHORTHANDS)
+STOPPED = 130
+"""What shells report for a program that Ctrl-C ended."""
+UNREAD = 141
+"""What shells report for a program whose output nobody reads."""
+REFUSED = (InvalidInput, DoesNotFit, DeviceAbsent, DeviceBusy)
+"""What is refused before anything runs; there is nothing to keep in the database then."""
+
+
+class Unread(Exception):
+    """Whoever read our output has gone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    _tolerate_any_text()
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], dict[str, Any]] = options.command
     try:
         result = command(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the request"
-        print(f"{where}: {first['msg'].removeprefix('Value error, ')}", file=sys.stderr)
+        if options.json:
+            say(json.dumps(result, ensure_ascii=False, indent=1))
+    except (ValidationError, DeviceBusy) as error:
+        way_out = " Or wait for it, with --wait." if isinstance(error, DeviceBusy) else ""
+        print(f"{sentence(error)}{way_out}", file=sys.stderr)
         return 2
-    except DeviceBusy as error:
-        print(f"{error} --wait waits for it.", file=sys.stderr)
-        return 2
+    except (KeyboardInterrupt, Cancelled):
+        print("Stopped.", file=sys.stderr)
+        return STOPPED
     except GptcoreError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(result, ensure_ascii=False, indent=1))
+    except Unread:
+        return UNREAD
     return 0
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on standard output at once.
+
+    Raises:
+        Unread: nobody reads it any more.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Unread from None
 
 
 def models_list(options: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +118,8 @@ def models_list(options: argparse.Namespace) -> dict[str, Any]:
         for one in entries:
             size = gib(one.stored_bytes) if one.stored_bytes else "—"
             count = f"{one.spec.parameters:,}" if one.spec else "—"
-            print(f"{one.name:<18}{one.kind:<11}{count:>17}{size:>11}  {one.problem or one.title}")
+            said = one.problem or one.title
+            say(f"{one.name:<18}{one.kind:<11}{count:>17}{size:>11}  {one_line(said, 300)}")
     return {"models": [_entry_json(one) for one in entries]}
 
 
@@ -72,7 +128,7 @@ def models_show(options: argparse.Namespace) -> dict[str, Any]:
     shown = _entry_json(_catalogue().entry(options.name))
     if not options.json:
         for key, value in shown.items():
-            print(f"{key:<18}{json.dumps(value, ensure_ascii=False)}")
+            say(f"{key:<20}{json.dumps(value, ensure_ascii=False)}")
     return shown
 
 
@@ -85,21 +141,40 @@ def models_pull(options: argparse.Namespace) -> dict[str, Any]:
     else:
         name = catalogue.add(options.source, options.name, progress)
     if not options.json:
-        print(f"{name} is ready.")
+        say(f"{name} is ready.")
     return _entry_json(catalogue.entry(name))
 
 
 def devices_list(options: argparse.Namespace) -> dict[str, Any]:
-    """List the devices, absent ones with their reason."""
+    """List the devices, absent ones with their reason, and what each does badly."""
     found = devices()
+    free = {one.id: None if one.absent else free_bytes(one.id) for one in found}
     if not options.json:
         for one in found:
-            print(f"{one.id:<8}{one.name}" + (f": absent, {one.absent}" if one.absent else ""))
-    return {"devices": [dataclasses.asdict(one) for one in found]}
+            memory = f", {gib(size)} free" if (size := free[one.id]) else ""
+            say(f"{one.id:<8}{one.name}{f': absent, {one.absent}' if one.absent else memory}")
+            for precision, caution in one.cautions:
+                say(f"{'':<8}{precision}: {caution}")
+    return {
+        "devices": [
+            {
+                **dataclasses.asdict(one),
+                "cautions": dict(one.cautions),
+                "free_bytes": free[one.id],
+            }
+            for one in found
+        ]
+    }
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
-    """Generate text in this process, and keep the run in the database."""
+    """Generate text in this process, and keep the run in the database.
+
+    Raises:
+        Cancelled: Ctrl-C ended it; what was written until then is kept.
+        Unread: as ``say``; it is kept too.
+        GptcoreError: it was refused, or failed.
+    """
     request = _request(options)
     catalogue = _catalogue()
     variant = _variant(options, catalogue)
@@ -116,46 +191,101 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         settings=request.model_dump(mode="json"),
         owner=owner(),
     )
-    written: list[str] = []
+    ended: list[Unread] = []
+    draws = sys.stdout is not None and sys.stdout.isatty()
 
-    def write(text: str) -> None:
-        written.append(text)
-        if not options.json:
-            print(text, end="", flush=True)
+    def write(token: Token) -> None:
+        try:
+            if not (options.json or ended):
+                say(_drawable(token.text) if draws else token.text, end="")
+        except Unread as error:
+            ended.append(error)
 
     def on_phase(phase: str, progress: float | None) -> None:
         if phase.startswith("waiting"):
             print(phase, file=sys.stderr)
 
-    watcher = Watcher(on_token=lambda token: write(token.text), on_phase=on_phase)
-    run, tokens = worker.generate(run, variant, request, watcher, sent_at=time.monotonic())
-    if not options.no_save:
-        store = open_store()
-        store.add_variant(
-            variant.hash,
-            variant.model_dump(mode="json"),
-            provenance(variant.weights_id, variant.placement.resolved_threads),
+    with _noticed_interrupt() as interrupted:
+        watcher = Watcher(
+            cancelled=lambda: bool(interrupted or ended), on_token=write, on_phase=on_phase
         )
-        store.add_run(run)
-        store.finish_run(run, tokens)
-        store.close()
-    if run.state is not RunState.DONE or run.numbers is None:
-        raise InvalidInput(run.error or f"The run was {run.state}.")
-    if not options.json:
-        print()
-    numbers = run.numbers
+        run, tokens = worker.generate(run, variant, request, watcher, sent_at=time.monotonic())
+        error = error_from_json(run.error_kind, run.error or "") if run.error_kind else None
+        if isinstance(error, REFUSED):
+            raise error
+        kept = not options.no_save and _kept(run, tokens, variant)
+    if tokens and not options.json and not ended:
+        say("")
+    if ended:
+        raise ended[0]
+    if error or run.numbers is None or run.state is not RunState.DONE:
+        raise error or Cancelled("Stopped.")
     return {
         "text": run.text,
         "token_ids": [token.id for token in tokens],
-        **dataclasses.asdict(numbers),
+        **dataclasses.asdict(run.numbers),
         "model": variant.model,
         "precision": variant.precision,
         "device": options.device,
         "threads": variant.placement.resolved_threads,
         "seed": request.seed,
         "variant": variant.hash,
-        "run_id": None if options.no_save else run.id,
+        "run_id": run.id if kept else None,
     }
+
+
+def _kept(run: Run, tokens: Sequence[Token], variant: Variant) -> bool:
+    """Keep the run in the database; where that fails, say so: the text is there all the same."""
+    try:
+        store = open_store()
+        try:
+            store.add_variant(
+                variant.hash,
+                variant.model_dump(mode="json"),
+                provenance(variant.weights_id, variant.placement.resolved_threads),
+            )
+            store.add_run(run)
+            store.finish_run(run, tokens)
+        finally:
+            store.close()
+    except StoreError as error:
+        print(f"This run could not be kept: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _noticed_interrupt() -> Iterator[list[int]]:
+    """Note Ctrl-C in the list that is given out; a second one ends the program at once."""
+    noticed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noticed:
+            raise KeyboardInterrupt
+        noticed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tolerate_any_text() -> None:
+    """Print what the terminal's encoding lacks as an escape, where it would else be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drawable(text: str) -> str:
+    """Return text without what would steer a terminal; a random model writes such a lot."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(one) == "Cc" and one not in "\n\t"
+        else one
+        for one in text
+    )
 
 
 def _catalogue() -> Catalogue:
@@ -166,33 +296,37 @@ def _variant(options: argparse.Namespace, catalogue: Catalogue) -> Variant:
     require_device(options.device)
     recipe = Recipe()
     if options.recipe:
-        try:
-            recipe = Recipe.model_validate({"passes": json.loads(options.recipe)})
-        except json.JSONDecodeError as error:
-            raise InvalidInput(
-                f'--recipe is no JSON ({error}); write a list such as [{{"pass": "int8"}}].'
-            ) from None
+        recipe = Recipe.model_validate(
+            {"passes": _json("--recipe", options.recipe, '[{"pass": "int8"}]')}
+        )
     placement, recipe = place(options.precision, options.device, options.threads, recipe)
-    spec, weights_id = catalogue.identity(options.model, paths=True)
+    try:
+        spec, weights_id = catalogue.identity(options.model, paths=True)
+    except UnknownModel as error:
+        if "/" not in options.model:
+            raise
+        raise UnknownModel(
+            f"There is no model folder or .gguf file {brief(options.model)!r}; `models list` "
+            "shows the names that need no path."
+        ) from error
     return Variant(
         model=options.model, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
     )
 
 
 def _request(options: argparse.Namespace) -> Request:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _standard_input() if options.prompt == "-" else options.prompt
+    messages: Any = ()
     if options.messages:
-        try:
-            messages = json.loads(options.messages)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"--messages is no JSON: {error}.") from None
-    else:
-        messages = [Message(role="user", content=prompt)] if options.chat and prompt else []
+        example = '[{"role": "user", "content": "Hello"}]'
+        messages = _json("--messages", options.messages, example)
+    elif options.chat and prompt:
+        messages, prompt = (Message(role="user", content=prompt),), ""
     return Request.model_validate(
         {
-            "prompt": "" if messages else prompt,
+            "prompt": prompt,
             "messages": messages,
-            "stop": options.stop or (),
+            "stop": options.stop,
             "forced_ids": [one for one in options.forced_ids.split(",") if one],
             "seed": secrets.randbelow(2**31) if options.seed is None else options.seed,
             **{
@@ -211,6 +345,28 @@ def _request(options: argparse.Namespace) -> Request:
             },
         }
     )
+
+
+def _json(option: str, text: str, example: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(
+            f"{option} is no JSON ({one_line(str(error))}); write a list such as {example}."
+        ) from None
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise InvalidInput(
+            "--prompt - reads standard input, which is closed: give the text itself."
+        )
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"Standard input is no UTF-8: byte {error.start:,} cannot be read. Convert it first."
+        ) from None
 
 
 def _entry_json(entry: ModelEntry) -> dict[str, Any]:
@@ -238,10 +394,31 @@ def _progress_line(ratio: float) -> None:
     print(f"\r{ratio:4.0%}", end="" if ratio < 1 else "\n", file=sys.stderr, flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and where help is, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{one_line(message, 300)} (help: {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _Gather(argparse.Action):
+    """Gathers a repeated option in one list; argparse's own copies the list every time."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not getattr(namespace, self.dest):
+            setattr(namespace, self.dest, [])
+        getattr(namespace, self.dest).append(values)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gptcore", description="A laboratory for GPT models."
-    )
+    parser = _Parser(prog="python -m gptcore", description="A laboratory for GPT models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -267,7 +444,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--messages", help="a whole chat, as a JSON list of {role, content}")
     one.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; without it a fresh one")
     one.add_argument("--forced-ids", default="", help="token ids that open the answer: 12,7,…")
-    one.add_argument("--stop", action="append", help="end before this text; may be repeated")
+    one.add_argument(
+        "--stop", action=_Gather, default=(), help="end before this text; may be repeated"
+    )
     one.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
     one.add_argument("--wait", action="store_true", help="wait for a device that is taken")
     one.add_argument("--no-save", action="store_true", help="keep nothing in the database")

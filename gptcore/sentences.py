@@ -44,6 +44,8 @@ def detail(found: ErrorDetails, owner: type[BaseModel] = Request) -> str:
             return f"{what} is {value}; it must be a whole number."
         case "bool_parsing" | "bool_type":
             return f"{what} is {value}; it must be true or false."
+        case "tuple_type" | "list_type":
+            return f"{what} is {value}; it must be a list."
         case "missing":
             return f"{what} is missing."
         case "extra_forbidden":
@@ -74,8 +76,8 @@ def name_of(place: tuple[int | str, ...], owner: type[BaseModel] = Request) -> s
         return "The request"
     if names[-1] in ("prompt", "content"):
         return "The prompt"
-    field = owner.model_fields.get(names[0])
-    return (field.title if field else None) or names[0].replace("_", " ").capitalize()
+    field = owner.model_fields.get(names[0]) if len(names) == 1 else None
+    return (field.title if field else None) or names[-1].replace("_", " ").capitalize()
 
 
 def number(value: Any) -> str:

@@ -63,7 +63,7 @@ def device_lock(
             holder = _holder(stem)
             if not wait:
                 raise DeviceBusy(
-                    f"{device} is taken by {holder}; try again later, or wait."
+                    f"{device} is taken by {holder}: try again later."
                 ) from None
             if cancelled():
                 raise Cancelled(f"Cancelled while waiting for {device}.") from None

@@ -20,7 +20,7 @@ def unpacked(block: bytes) -> tuple[dict, list[tuple[np.ndarray, np.ndarray]]]:
     offset, times, lines = 4 + length, np.empty(0), []
     for line in head["lines"]:
         if not line["shared"]:
-            times = np.frombuffer(block, "<f4", line["count"], offset) + head["start"]
+            times = np.frombuffer(block, "<f4", line["count"], offset).astype(float) + head["start"]
             offset += 4 * line["count"]
         values = np.frombuffer(block, "<f4", line["count"], offset)
         offset += 4 * line["count"]
@@ -67,7 +67,7 @@ def test_what_is_packed_is_read_back_as_it_was():
     assert head["lines"][1] == {
         "name": "b", "color": 3, "style": "dots", "count": 50, "shared": False, "now": 2.5
     }  # fmt: skip
-    np.testing.assert_allclose(lines[0][0], times, atol=1e-3)
+    np.testing.assert_allclose(lines[0][0], times, rtol=0, atol=1e-3)
     np.testing.assert_allclose(lines[0][1], a.values, rtol=1e-6)
     assert [None if np.isnan(v) else float(v) for v in lines[1][1]] == list(b.values)
 
