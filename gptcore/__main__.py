@@ -61,6 +61,8 @@ from gptcore.sentences import brief, one_line, sentence
 from gptcore.store import open_store
 
 PRECISIONS = ("fp32", "bf16", "fp16", *SHORTHANDS)
+MAX_ARGUMENTS = 1000
+"""Python's own parser would take minutes for 100,000."""
 STOPPED = 130
 """What shells report for a program that Ctrl-C ended."""
 UNREAD = 141
@@ -76,7 +78,12 @@ class Unread(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     _tolerate_any_text()
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) > MAX_ARGUMENTS:
+        said = f"There are {len(given):,} arguments; the most is {MAX_ARGUMENTS:,}: give fewer."
+        print(said, file=sys.stderr)
+        return 2
+    options = _parser().parse_args(given)
     command: Callable[[argparse.Namespace], dict[str, Any]] = options.command
     try:
         result = command(options)
@@ -402,21 +409,6 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-class _Gather(argparse.Action):
-    """Gathers a repeated option in one list; argparse's own copies the list every time."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if not getattr(namespace, self.dest):
-            setattr(namespace, self.dest, [])
-        getattr(namespace, self.dest).append(values)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m gptcore", description="A laboratory for GPT models.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -445,7 +437,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; without it a fresh one")
     one.add_argument("--forced-ids", default="", help="token ids that open the answer: 12,7,…")
     one.add_argument(
-        "--stop", action=_Gather, default=(), help="end before this text; may be repeated"
+        "--stop", action="append", default=[], help="end before this text; may be repeated"
     )
     one.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
     one.add_argument("--wait", action="store_true", help="wait for a device that is taken")

@@ -46,6 +46,8 @@ def detail(found: ErrorDetails, owner: type[BaseModel] = Request) -> str:
             return f"{what} is {value}; it must be true or false."
         case "tuple_type" | "list_type":
             return f"{what} is {value}; it must be a list."
+        case "string_unicode":
+            return f"{what} holds half of a surrogate pair, which is no character: remove it."
         case "missing":
             return f"{what} is missing."
         case "extra_forbidden":

@@ -62,9 +62,7 @@ def device_lock(
         except Timeout:
             holder = _holder(stem)
             if not wait:
-                raise DeviceBusy(
-                    f"{device} is taken by {holder}: try again later."
-                ) from None
+                raise DeviceBusy(f"{device} is taken by {holder}: try again later.") from None
             if cancelled():
                 raise Cancelled(f"Cancelled while waiting for {device}.") from None
             if not told:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptcore.catalogue import Catalogue
+from gptcore.device import limit_spinning
 from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
 from gptcore.fit import fit
 from gptcore.host.lock import device_lock
@@ -68,6 +69,7 @@ class Worker:
         wait: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        limit_spinning()
         self.device = device
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._catalogue = catalogue
