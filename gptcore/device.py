@@ -7,6 +7,7 @@ version, so that the server's process can show devices without loading torch.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +24,10 @@ from gptcore.errors import DeviceAbsent
 from gptcore.spec import Precision
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells what a container may use."""
+BF16_CAPABILITY = (8, 0)
+"""The first CUDA compute capability (Ampere) whose tensor cores take bf16."""
 
 
 class Placement(BaseModel):
@@ -59,20 +65,10 @@ class Device:
 
 
 def cores() -> int:
-    """Return the CPU cores this process may run on (physical ones where they are known)."""
+    """Return the CPU cores this process may use: physical ones, those of its container at most."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     physical = psutil.cpu_count(logical=False) or usable or 1
-    return max(1, min(usable or 1, physical))
-
-
-def limit_spinning() -> None:
-    """Let threads that wait for one another give way sooner; to be called before torch is imported.
-
-    GNU OpenMP lets them spin for milliseconds at every operation, which costs nothing on a quiet
-    machine and nearly everything on a busy one, where the one that is waited for has no core to run
-    on. The count is the least that lost nothing here: see docs/architecture.md.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    return max(1, min(usable or 1, physical, _quota_cores() or physical))
 
 
 @functools.cache
@@ -100,7 +96,7 @@ def cpu_flags() -> frozenset[str]:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return frozenset()
-    match = re.search(r"^flags\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
     return frozenset(match[1].split()) if match else frozenset()
 
 
@@ -114,26 +110,24 @@ def torch_version() -> str | None:
 
 def memory_limit_bytes() -> int:
     """Return the memory this process may use: the machine's, or its control group's if less."""
-    limit = psutil.virtual_memory().total
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(name)
-        if path.exists():
-            text = path.read_text().strip()
-            if text.isdigit():
-                limit = min(limit, int(text))
-    return limit
+    total = int(psutil.virtual_memory().total)
+    group = _group_memory()
+    return total if group is None else min(total, group[0])
 
 
 def free_bytes(device: str) -> int | None:
     """Return the bytes that could be allocated on ``device`` now, or None where unknown."""
     if device.startswith("cuda:"):
         with _Nvml() as nvml:
-            if nvml is None:
-                return None
-            handle = nvml.nvmlDeviceGetHandleByIndex(int(device[5:]))
-            return int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
-    available = psutil.virtual_memory().available
-    return min(available, memory_limit_bytes())
+            gpus = _gpus(nvml) if nvml is not None else ()
+            index = int(device[5:])
+            memory = (
+                _asked(nvml, "nvmlDeviceGetMemoryInfo", gpus[index]) if index < len(gpus) else None
+            )
+            return None if memory is None else int(memory.free)
+    available = int(psutil.virtual_memory().available)
+    group = _group_memory()
+    return available if group is None else max(0, min(available, group[0] - group[1]))
 
 
 def devices() -> tuple[Device, ...]:
@@ -181,25 +175,106 @@ def _cuda() -> tuple[Device, ...]:
     with _Nvml() as nvml:
         if nvml is None:
             return (Device("cuda:0", "NVIDIA GPU", absent="no NVIDIA driver was found."),)
-        build = torch_version() or ""
-        reason = (
-            "the installed torch is a CPU build; install a CUDA build of the same version."
-            if "+cpu" in build
-            else None
-        )
-        found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            name = nvml.nvmlDeviceGetName(handle)
-            total = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
-            found.append(Device(f"cuda:{index}", str(name), absent=reason, total_bytes=total))
-    return tuple(found) or (Device("cuda:0", "NVIDIA GPU", absent="the driver lists no GPU."),)
+        gpus = _gpus(nvml)
+        if not gpus:
+            hidden = "CUDA_VISIBLE_DEVICES hides every GPU."
+            listed = hidden if "CUDA_VISIBLE_DEVICES" in os.environ else "the driver lists no GPU."
+            return (Device("cuda:0", "NVIDIA GPU", absent=listed),)
+        return tuple(_gpu(nvml, gpu, index) for index, gpu in enumerate(gpus))
+
+
+def _gpu(nvml: Any, gpu: Any, index: int) -> Device:
+    memory = _asked(nvml, "nvmlDeviceGetMemoryInfo", gpu)
+    capability = _asked(nvml, "nvmlDeviceGetCudaComputeCapability", gpu)
+    old = capability is not None and tuple(capability) < BF16_CAPABILITY
+    caution = "This GPU has no bf16 arithmetic: it is emulated, and slower than fp16."
+    return Device(
+        f"cuda:{index}",
+        str(_asked(nvml, "nvmlDeviceGetName", gpu) or "NVIDIA GPU"),
+        absent="the installed torch is a CPU build; install a CUDA build of the same version."
+        if "+cpu" in (torch_version() or "")
+        else None,
+        total_bytes=None if memory is None else int(memory.total),
+        cautions=(("bf16", caution),) if old else (),
+    )
+
+
+def _gpus(nvml: Any) -> tuple[Any, ...]:
+    """Return NVML's handles in the order of torch's numbers, which ``CUDA_VISIBLE_DEVICES`` sets.
+
+    A name in it that NVML does not know hides itself and all after it, as CUDA does.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found: list[Any] = []
+    try:
+        count = nvml.nvmlDeviceGetCount()
+        for name in map(str, range(count)) if named is None else named.split(","):
+            if name.strip().isdecimal():
+                found.append(nvml.nvmlDeviceGetHandleByIndex(int(name)))
+            else:
+                found.append(nvml.nvmlDeviceGetHandleByUUID(name.strip()))
+    except nvml.NVMLError:
+        pass
+    return tuple(found)
+
+
+def _asked(nvml: Any, function: str, gpu: Any) -> Any:
+    """Return what NVML knows of a GPU, or None: some boards lack some numbers."""
+    try:
+        return getattr(nvml, function)(gpu)
+    except nvml.NVMLError:
+        return None
 
 
 def _mps() -> Device:
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return Device("mps", "Apple GPU", total_bytes=memory_limit_bytes())
     return Device("mps", "Apple GPU", absent="this is not a Mac with Apple silicon.")
+
+
+def _group_memory() -> tuple[int, int] | None:
+    """Return limit and use of this container's memory in bytes, None where it has no limit.
+
+    Pages of files that the system would drop at once are not counted as used.
+    """
+    for folder, limit_name, used_name, droppable in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (
+            CGROUP / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        limit = _number(folder / limit_name)
+        if limit is not None:
+            stat = folder / "memory.stat"
+            text = stat.read_text() if stat.exists() else ""
+            match = re.search(rf"^{droppable} (\d+)$", text, re.MULTILINE)
+            used = (_number(folder / used_name) or 0) - (int(match[1]) if match else 0)
+            return limit, max(0, used)
+    return None
+
+
+def _quota_cores() -> int | None:
+    """Return the cores that this container's quota of CPU time is worth, None without a quota."""
+    both = CGROUP / "cpu.max"
+    if both.exists():
+        parts = both.read_text().split()
+        numbers = [int(part) if part.isdigit() else None for part in parts]
+    else:
+        numbers = [_number(CGROUP / "cpu" / f"cpu.cfs_{one}_us") for one in ("quota", "period")]
+    match numbers:
+        case [int(quota), int(period)] if quota and period:
+            return math.ceil(quota / period)
+        case _:
+            return None
+
+
+def _number(file: Path) -> int | None:
+    """Return the whole number in a file; None where it is missing or says ``max`` or -1."""
+    text = file.read_text().strip() if file.exists() else ""
+    return int(text) if text.isdigit() else None
 
 
 class _Nvml:
