@@ -6,12 +6,12 @@ measure each other. The operating system frees it when its holder dies.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def locks_dir() -> Path:
     return folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def device_lock(
     device: str,
     purpose: str,
@@ -70,23 +70,25 @@ def device_lock(
                 told = True
             time.sleep(POLL_S)
     try:
-        stem.with_suffix(".json").write_text(
-            json.dumps(
-                {
-                    "pid": os.getpid(),
-                    "purpose": purpose,
-                    "since": datetime.now(UTC).isoformat(timespec="seconds"),
-                }
-            )
-        )
+        _say_who(stem, purpose)
         yield
     finally:
         lock.release()
+
+
+def _say_who(stem: Path, purpose: str) -> None:
+    who = {
+        "pid": os.getpid(),
+        "purpose": purpose,
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with contextlib.suppress(OSError):  # a full disk only leaves the holder without a name
+        stem.with_suffix(".json").write_text(json.dumps(who))
 
 
 def _holder(stem: Path) -> str:
     try:
         value = json.loads(stem.with_suffix(".json").read_text())
         return f"process {value['pid']} ({value['purpose']}, since {value['since']})"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -8,10 +8,14 @@ against the cache's speed.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from gptcore.device import cpu_name, torch_version
 from gptcore.paths import cache_dir
@@ -52,9 +56,9 @@ def peak_bandwidth(
     size = min(LARGEST_BYTES, 1 << max(20, (working_set_bytes - 1).bit_length()))
     name = _device_name(device)
     file = cache_dir() / "peaks.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = _remembered(file)
     key = f"{device}|{name}|{threads}|{torch_version()}|{size}"
-    before = PeakBandwidth(**known[key]) if key in known else None
+    before = known.get(key)
     if before and before.bytes_per_s >= at_least:
         return before
     best, repetitions = _measure(device, size)
@@ -70,10 +74,29 @@ def peak_bandwidth(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         repetitions=repetitions,
     )
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(json.dumps(known | {key: asdict(peak)}, indent=1))
-    fresh.replace(file)
+    _remember(file, known | {key: peak})
     return peak
+
+
+def _remembered(file: Path) -> dict[str, PeakBandwidth]:
+    """Return the peaks in a file; those that are damaged are measured again."""
+    try:
+        peaks = json.loads(file.read_text()).items()
+    except (OSError, ValueError, AttributeError):
+        return {}
+    found = {}
+    for key, value in peaks:
+        with contextlib.suppress(TypeError):
+            found[key] = PeakBandwidth(**value)
+    return found
+
+
+def _remember(file: Path, peaks: Mapping[str, PeakBandwidth]) -> None:
+    text = json.dumps({key: asdict(peak) for key, peak in peaks.items()}, indent=1)
+    with contextlib.suppress(OSError):  # a full disk only makes the next time slower
+        fresh = file.with_suffix(f".{secrets.token_hex(4)}")
+        fresh.write_text(text)
+        fresh.replace(file)
 
 
 def _measure(device: str, size: int) -> tuple[float, int]:
