@@ -265,10 +265,12 @@ class HostClient:
             "answer_ids": order.answer_ids,
             "sent_at": order.sent_at,
         }
-        # A host that was killed while idle may not be seen as dead yet: an order that nobody
-        # answered at all goes to the next host.
-        for _ in range(2):
+        # A host that was killed while idle may not be seen as dead yet, and one may be killed while
+        # it starts: an order that nobody answered at all goes to the next host.
+        for attempt in range(2):
             if problem := self._try_to_start():
+                if attempt == 0 and not self._closed:
+                    continue
                 self._end(order, RunState.FAILED, problem, HostLost.kind)
                 return
             process, self._heard = self._process, False
