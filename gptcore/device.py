@@ -81,16 +81,6 @@ def limit_spinning() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def limit_spinning() -> None:
-    """Let threads that wait for one another give way sooner; to be called before torch is imported.
-
-    GNU OpenMP lets them spin for milliseconds at every operation, which costs nothing on a quiet
-    machine and nearly everything on a busy one, where the one that is waited for has no core to run
-    on. The count is the least that lost nothing here: see docs/architecture.md.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 @functools.cache
 def cpu_name() -> str | None:
     """Return the processor's model name, or None where the system does not tell."""
