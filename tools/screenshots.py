@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from tests.conftest import SMOLLM2, USERS_DATA, chromium, share
 from tests.e2e.conftest import BROWSER_OPTIONS, free_port
 
 TEXTS = ("A short tale", "Explain", "A list")
+SLOW_MS = 180_000
 PAGES = ("", "playground", "models", "live")
 
 
@@ -61,7 +63,7 @@ def app(data: Path) -> Iterator[str]:
 def written(page: Page) -> None:
     """Wait until a text is finished."""
     page.get_by_role("button", name="Stop").and_(page.locator(":disabled")).wait_for(
-        timeout=180_000
+        timeout=SLOW_MS
     )
     page.get_by_text("ended by").wait_for()
 
@@ -73,7 +75,7 @@ def prepare(browser: Browser, url: str) -> str:
     for example in TEXTS:
         page.get_by_role("button", name=example, exact=True).click()
         page.get_by_role("button", name="Generate").click()
-        page.locator(".token").nth(2).wait_for(timeout=60_000)
+        page.locator(".token").nth(2).wait_for(state="attached", timeout=SLOW_MS)
         written(page)
         if example != TEXTS[-1]:
             page.get_by_role("button", name="New", exact=True).click()
@@ -94,10 +96,10 @@ def photograph(
     page.goto(run if path == "playground" else f"{url}/{path}")
     page.get_by_role("heading", level=1).wait_for()
     if path == "playground":
-        page.locator(".token").nth(5).wait_for()
+        page.locator(".token").nth(5).wait_for(state="attached")
         page.get_by_role("button", name="Look", exact=True).click()
         page.locator("button.row[data-token]").first.wait_for(timeout=60_000)
-        page.locator(".token").nth(20).hover()
+        page.locator(".token").filter(has_text=re.compile(r"\w{4}")).nth(6).hover()
     page.wait_for_timeout(3000)
     page.screenshot(path=file)
     context.close()

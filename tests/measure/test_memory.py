@@ -73,10 +73,12 @@ def test_without_an_allocation_the_peak_is_what_is_resident() -> None:
 def test_it_looks_a_hundred_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
     monkeypatch.setattr(PeakMemory, "_look", lambda self: looks.append(time.monotonic()))
+    before = time.monotonic()
     with PeakMemory():
         time.sleep(0.5)
+    most = (time.monotonic() - before) / INTERVAL_S + 2
     assert INTERVAL_S <= 0.01
-    assert 15 < len(looks) <= 53  # a busy machine may skip some, and there is none too many
+    assert 10 < len(looks) <= most  # a busy machine may skip some
 
 
 def test_the_watching_thread_ends_with_the_block_also_after_an_error() -> None:
