@@ -1,7 +1,9 @@
 """The playground as somebody uses it: a real server, a real model, a real browser."""
 
+import json
 import re
 import shlex
+import shutil
 import sys
 import time
 from urllib.parse import parse_qs, urlsplit
@@ -16,6 +18,12 @@ pytestmark = pytest.mark.browser
 
 LONG = 3000
 """Tokens that take so long that one can click about meanwhile."""
+
+
+def open_playground(server: Server, visit: Visit, **settings: object) -> Page:
+    """Open the playground in a fresh browser; where nothing else is said, for a text to the end."""
+    usual = {"model": TINY, "mode": "completion", "threads": 1, "ignore_eos": 1}
+    return visit(server.link("playground", **usual | settings))
 
 
 def tokens(page: Page) -> Locator:
@@ -48,16 +56,7 @@ def run_of(page: Page) -> str:
 
 
 def test_a_text_is_streamed_with_its_numbers_and_found_afterwards(server: Server, visit: Visit):
-    page = visit(
-        server.link(
-            "playground",
-            model=STEADY,
-            mode="completion",
-            threads=1,
-            max_new_tokens=150,
-            ignore_eos=1,
-        )
-    )
+    page = open_playground(server, visit, model=STEADY, max_new_tokens=150)
     begin(page)
     first = tokens(page).count()
     until(lambda: tokens(page).count() > first)
@@ -75,16 +74,7 @@ def test_a_text_is_streamed_with_its_numbers_and_found_afterwards(server: Server
 
 
 def test_stop_ends_a_text_within_a_second_and_keeps_it(server: Server, visit: Visit):
-    page = visit(
-        server.link(
-            "playground",
-            model=STEADY,
-            mode="completion",
-            threads=1,
-            max_new_tokens=LONG,
-            ignore_eos=1,
-        )
-    )
+    page = open_playground(server, visit, model=STEADY, max_new_tokens=LONG)
     begin(page)
     pressed = time.monotonic()
     page.get_by_role("button", name="Stop").click()
@@ -98,16 +88,7 @@ def test_stop_ends_a_text_within_a_second_and_keeps_it(server: Server, visit: Vi
 
 
 def test_clicks_sliders_pages_and_a_reload_cost_a_stream_no_token(server: Server, visit: Visit):
-    page = visit(
-        server.link(
-            "playground",
-            model=STEADY,
-            mode="completion",
-            threads=1,
-            max_new_tokens=600,
-            ignore_eos=1,
-        )
-    )
+    page = open_playground(server, visit, model=STEADY, max_new_tokens=600)
     begin(page)
     run = run_of(page)
     slider = page.get_by_role("slider", name="Temperature")
@@ -133,20 +114,16 @@ def test_clicks_sliders_pages_and_a_reload_cost_a_stream_no_token(server: Server
 def test_a_permalink_in_a_fresh_browser_restores_every_setting_and_writes_the_same_text(
     server: Server, visit: Visit
 ):
-    page = visit(
-        server.link(
-            "playground",
-            model=TINY,
-            mode="completion",
-            threads=1,
-            temperature=1.3,
-            top_k=40,
-            top_p=0.9,
-            min_p=0.01,
-            repetition_penalty=1.1,
-            max_new_tokens=60,
-            ignore_eos=1,
-        )
+    page = open_playground(
+        server,
+        visit,
+        model=TINY,
+        temperature=1.3,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        max_new_tokens=60,
     )
     begin(page, "A dog & a <b>cat</b> met; “hello” 你好")
     ended(page)
@@ -166,7 +143,7 @@ def test_a_permalink_in_a_fresh_browser_restores_every_setting_and_writes_the_sa
 
 
 def test_the_copied_command_and_python_write_the_text_of_the_page(server: Server, visit: Visit):
-    page = visit(server.link("playground", model=TINY, mode="chat", threads=1, max_new_tokens=25))
+    page = open_playground(server, visit, model=TINY, mode="chat", max_new_tokens=25)
     begin(page, 'Say it\'s "fine" $HOME `pwd`\nand go on')
     ended(page)
     text = written(page)
@@ -182,11 +159,7 @@ def test_the_copied_command_and_python_write_the_text_of_the_page(server: Server
 def test_a_click_on_an_alternative_keeps_the_first_tokens_and_takes_the_clicked_one(
     server: Server, visit: Visit
 ):
-    page = visit(
-        server.link(
-            "playground", model=TINY, mode="completion", threads=1, max_new_tokens=40, ignore_eos=1
-        )
-    )
+    page = open_playground(server, visit, model=TINY, max_new_tokens=40)
     begin(page)
     ended(page)
     before = tokens(page).all_inner_texts()
@@ -207,7 +180,7 @@ def test_a_click_on_an_alternative_keeps_the_first_tokens_and_takes_the_clicked_
 
 
 def test_a_released_slider_ranks_again_without_a_forward_pass(server: Server, visit: Visit):
-    page = visit(server.link("playground", model=TINY, mode="completion", threads=1, temperature=1))
+    page = open_playground(server, visit, model=TINY, temperature=1)
     page.get_by_label("Prompt", exact=True).fill("Once upon a time")
     page.get_by_role("button", name="Look").click()
     rows = page.locator("button.row[data-token]")
@@ -243,11 +216,7 @@ def percent(text: str) -> float:
 
 def test_two_sessions_write_at_once_and_each_keeps_its_own(server: Server, visit: Visit):
     one, two = (
-        visit(
-            server.link(
-                "playground", model=model, mode="completion", threads=1, max_new_tokens=count
-            )
-        )
+        open_playground(server, visit, model=model, max_new_tokens=count)
         for model, count in ((STEADY, 200), (TINY, 30))
     )
     begin(one, "The first")
@@ -271,18 +240,16 @@ PAYLOADS = (
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_nothing_typed_or_linked_becomes_markup(server: Server, visit: Visit, payload: str):
-    page = visit(
-        server.link(
-            "playground",
-            model=TINY,
-            mode="chat",
-            threads=1,
-            prompt=payload,
-            stop=payload[:100],
-            max_new_tokens=5,
-            temperature=payload,
-            run=payload,
-        )
+    page = open_playground(
+        server,
+        visit,
+        model=TINY,
+        mode="chat",
+        prompt=payload,
+        stop=payload[:100],
+        max_new_tokens=5,
+        temperature=payload,
+        run=payload,
     )
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(payload)
     page.get_by_role("button", name="Generate").click()
@@ -294,6 +261,20 @@ def test_nothing_typed_or_linked_becomes_markup(server: Server, visit: Visit, pa
         page.wait_for_timeout(700)
         assert page.evaluate("window.hit") is None
         assert page.locator("main img[src='x'], main svg[onload]").count() == 0
+
+
+def test_what_a_model_says_of_itself_is_text(own_server: Server, visit: Visit):
+    hostile = own_server.data / "models" / "hostile"
+    shutil.copytree(own_server.data / "models" / TINY, hostile)
+    said = {"title": PAYLOADS[1], "licence": PAYLOADS[0], "provenance": PAYLOADS[2]}
+    (hostile / "card.json").write_text(json.dumps(said))
+    for path in ("", "models", "playground"):
+        page = visit(own_server.link(path, model="hostile"))
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        page.wait_for_timeout(700)
+        assert page.evaluate("window.hit") is None
+        assert page.locator("img[src='x']").count() == 0
+    expect(page.get_by_role("combobox", name="Model")).to_have_value(PAYLOADS[1])
 
 
 BAD_LINKS = {
@@ -333,9 +314,7 @@ def test_a_bad_link_is_one_sentence_and_the_page_works(
 def test_a_bad_prompt_is_one_sentence_and_the_next_request_works(
     server: Server, visit: Visit, prompt: str, sentence: str
 ):
-    page = visit(
-        server.link("playground", model=TINY, mode="completion", threads=1, max_new_tokens=5)
-    )
+    page = open_playground(server, visit, model=TINY, max_new_tokens=5)
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text(sentence)).to_be_visible()
@@ -344,9 +323,7 @@ def test_a_bad_prompt_is_one_sentence_and_the_next_request_works(
 
 
 def test_a_prompt_of_ten_megabytes_is_refused_and_still_there(server: Server, visit: Visit):
-    page = visit(
-        server.link("playground", model=TINY, mode="completion", threads=1, max_new_tokens=5)
-    )
+    page = open_playground(server, visit, model=TINY, max_new_tokens=5)
     page.get_by_label("Prompt", exact=True).fill("word " * 2_000_000)
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text("The prompt has 10,000,000 characters; the most is")).to_be_visible(
@@ -360,7 +337,7 @@ def test_a_prompt_of_ten_megabytes_is_refused_and_still_there(server: Server, vi
 def test_a_model_that_does_not_fit_is_said_before_anything_is_allocated(
     server: Server, visit: Visit
 ):
-    page = visit(server.link("playground", model="gpt3-175b", mode="completion", threads=1))
+    page = open_playground(server, visit, model="gpt3-175b")
     sidebar = page.get_by_test_id("stSidebar")
     expect(sidebar.get_by_text(re.compile(r"698 GB.*free.*What would fit", re.S))).to_be_visible()
     page.get_by_label("Prompt", exact=True).fill("Once")
@@ -372,16 +349,7 @@ def test_a_model_that_does_not_fit_is_said_before_anything_is_allocated(
 def test_a_host_killed_in_mid_stream_is_said_and_the_next_request_works(
     own_server: Server, visit: Visit
 ):
-    page = visit(
-        own_server.link(
-            "playground",
-            model=STEADY,
-            mode="completion",
-            threads=1,
-            max_new_tokens=LONG,
-            ignore_eos=1,
-        )
-    )
+    page = open_playground(own_server, visit, model=STEADY, max_new_tokens=LONG)
     begin(page)
     for host in own_server.hosts():
         host.kill()
@@ -393,16 +361,7 @@ def test_a_host_killed_in_mid_stream_is_said_and_the_next_request_works(
 
 
 def test_a_closed_tab_ends_its_text_and_a_reload_in_time_does_not(own_server: Server, visit: Visit):
-    page = visit(
-        own_server.link(
-            "playground",
-            model=STEADY,
-            mode="completion",
-            threads=1,
-            max_new_tokens=4000,
-            ignore_eos=1,
-        )
-    )
+    page = open_playground(own_server, visit, model=STEADY, max_new_tokens=4000)
     begin(page)
     run = run_of(page)
     page.close()
@@ -427,16 +386,7 @@ def test_ten_tabs_at_once_all_get_their_text(server: Server, visit: Visit):
 def test_a_killed_server_marks_its_run_interrupted_and_the_page_comes_back(
     own_server: Server, visit: Visit
 ):
-    page = visit(
-        own_server.link(
-            "playground",
-            model=STEADY,
-            mode="completion",
-            threads=1,
-            max_new_tokens=LONG,
-            ignore_eos=1,
-        )
-    )
+    page = open_playground(own_server, visit, model=STEADY, max_new_tokens=LONG)
     begin(page)
     run, hosts = run_of(page), own_server.hosts()
     page.goto("about:blank")
