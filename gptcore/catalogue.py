@@ -362,7 +362,8 @@ def preset(name: str) -> ModelEntry:
             "`python -m gptcore models pull smollm2-135m`.",
         )
     family, _, size = name.partition("-")
-    title = f"{family.upper().replace('GPT2', 'GPT-2').replace('GPT3', 'GPT-3')} {size}".strip()
+    size = size.upper() if size[:1].isdigit() else size
+    title = f"GPT-{family.removeprefix('gpt')} {size}".strip()
     return ModelEntry(
         name=name,
         title=title,
