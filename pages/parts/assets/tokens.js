@@ -14,6 +14,7 @@ function span(token, index) {
   made.classList.toggle("unusual", unusual)
   made.classList.toggle("forced", token.f)
   made.dataset.index = index
+  made.dataset.token = token.i
   made.tabIndex = -1
   return made
 }
@@ -22,6 +23,7 @@ function row(state, index, token, other) {
   const chosen = other.i === token.i
   const made = element("button", chosen ? "row chosen" : "row")
   made.type = "button"
+  made.dataset.token = other.i
   made.title = chosen ? "This token was drawn" : "Write on from here with this token instead"
   made.append(
     element("span", "piece", visible(other.t)),
