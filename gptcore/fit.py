@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gptcore.device import PRECISIONS, free_bytes
-from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
+from gptcore.recipe import Variant
 from gptcore.spec import BYTES, PRESETS, ModelSpec
 
 PREFILL_TOKENS = 512
@@ -109,20 +109,18 @@ def _suggestions(
     others: Iterable[tuple[str, ModelSpec, str]],
     budget: float,
 ) -> tuple[tuple[str, str], ...]:
+    """Return what fits into ``budget`` bytes, at a precision that the weights can start in.
+
+    A quantized one needs no less at its peak than the precision that it starts from.
+    """
     candidates = []
     same = (variant.model, variant.spec, variant.weights_id)
     for name, spec, weights_id in (same, *others):
-        for precision in (*PRECISIONS, *SHORTHANDS):
+        for precision in PRECISIONS:
             if precision == variant.precision and name == variant.model:
                 continue
-            placement, recipe = place(
-                precision, variant.placement.device, variant.placement.threads, Recipe()
-            )
-            if any(one.blocked_by(spec, placement) for one in recipe.passes):
-                continue
-            other = Variant(
-                model=name, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
-            )
+            placement = variant.placement.model_copy(update={"precision": precision})
+            other = Variant(model=name, spec=spec, weights_id=weights_id, placement=placement)
             if needed_bytes(other, min(context_tokens, spec.context)) <= budget:
                 distance = abs(spec.parameters - variant.spec.parameters)
                 candidates.append((distance, precision != variant.precision, name, precision))

@@ -138,7 +138,11 @@ class Int4(Pass):
 
 
 def int8_bytes(rows: int, columns: int, bias: bool) -> int:
-    """Return what a packed layer holds: a byte a weight; a scale, a zero and a sum a row."""
+    """Return what a packed layer holds: a byte a weight; a scale, a zero and a sum a row.
+
+    Error: the kernel's own padding is left out, as torch does not tell it. With FBGEMM on AVX-512
+    up to 13 % more was seen resident for layers of 512 columns or more, a third for narrower ones.
+    """
     return rows * columns + rows * (3 + bias) * 4
 
 
