@@ -3,8 +3,8 @@
 Both sides run the same fp32 weights of the installed SmolLM2, with the same threads, in turns
 A B B A, so that a drift of the machine meets both. What stands in each line: the median of each
 side, the ratio of the medians (above 1: ours is faster), and the least and the greatest of each.
-Loads run in fresh processes and include importing what they need; the first load of the GGUF is
-timed apart, with its conversion. It needs ``requirements-test.txt``.
+Loads run in fresh processes and include importing what they need, from the safetensors that our
+first load made of the GGUF; that one is timed apart. It needs ``requirements-test.txt``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from gptcore.paths import models_dir
 from gptcore import weights
 weights.build(Catalogue(models_dir()).checkpoint("smollm2-135m"), Placement())
 """,
-    "transformers, from the GGUF": """
+    "transformers": """
 import sys
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file=sys.argv[2], dtype="float32")
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
 """,
 }
 
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
 
+    from gptcore.catalogue import Catalogue
     from gptcore.device import limit_spinning
     from gptcore.paths import models_dir
 
@@ -96,12 +97,10 @@ def main() -> None:
         os.environ.pop("GPTLAB_DATA")
         if before is not None:
             os.environ["GPTLAB_DATA"] = before
-    load_seconds(LOADS["ours"])  # converts where it was not yet
+    checkpoint = Catalogue(models_dir()).checkpoint("smollm2-135m")
     sides = {
         "ours": lambda: load_seconds(LOADS["ours"]),
-        "transformers": lambda: load_seconds(
-            LOADS["transformers, from the GGUF"], str(gguf.parent), gguf.name
-        ),
+        "transformers": lambda: load_seconds(LOADS["transformers"], str(checkpoint.directory)),
     }
     report("load in a fresh process", in_turns(sides, max(2, options.rounds // 3)))
 
@@ -109,13 +108,11 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from gptcore import weights
-    from gptcore.catalogue import Catalogue
     from gptcore.device import Placement
     from gptcore.engine import decode, prefill
 
     placement = Placement(threads=options.threads)
     torch.set_num_threads(placement.resolved_threads)
-    checkpoint = Catalogue(models_dir()).checkpoint("smollm2-135m")
     ours = weights.build(checkpoint, placement)
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype="float32").eval()
     ids = torch.randint(0, 40_000, (1, 512), generator=torch.Generator().manual_seed(1))
