@@ -44,6 +44,7 @@ from gptcore.fit import gib
 from gptcore.host.wire import error_from_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.paths import models_dir
+from gptcore.plan import command as planning
 from gptcore.provenance import owner, provenance
 from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
 from gptcore.records import (
@@ -69,6 +70,9 @@ UNREAD = 141
 """What shells report for a program whose output nobody reads."""
 REFUSED = (InvalidInput, DoesNotFit, DeviceAbsent, DeviceBusy)
 """What is refused before anything runs; there is nothing to keep in the database then."""
+
+
+PLAN_HELP = "what a size needs: memory, training, speed, capacity"
 
 
 class Unread(Exception):
@@ -459,6 +463,9 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{field.description} (default {field.default})".replace("%", "%%"),
         )
     one.add_argument("--overflow", default="refuse", choices=("refuse", "cut"))
+
+    planned = _command(commands, "plan", lambda chosen: planning.plan(chosen, say), PLAN_HELP)
+    planning.add_arguments(planned)
     return parser
 
 
