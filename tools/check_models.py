@@ -1,9 +1,9 @@
 """The README's table of what was checked: ``python tools/check_models.py [--most GB]``.
 
 Every model of the catalogue is asked to write 24 tokens in every precision on every device of this
-machine, through the same Lab as the pages. Prints Markdown: tokens/s where it wrote, what it needs
-where it does not fit, and the reason where a pass cannot run. Larger models than ``--most`` are
-checked for fitting only, and say so.
+machine, through the same Lab as the pages. Prints Markdown: a check mark where it wrote, what it
+needs where it does not fit, "not possible" where a pass cannot run. Larger models than ``--most``
+are checked for fitting only, and say so.
 """
 
 from __future__ import annotations

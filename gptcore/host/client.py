@@ -348,6 +348,8 @@ class HostClient:
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:
+                if not line.endswith(b"\n"):
+                    break  # the process was killed in the middle of a line
                 self._take(json.loads(line))
         process.wait()
         _close_quietly(process.stdin)

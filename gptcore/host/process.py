@@ -173,9 +173,10 @@ class HostProcess:
         )
 
     def _send(self, message: Mapping[str, Any]) -> None:
+        line = encode(message)
         try:
             with self._sending:
-                self._events.write(encode(message))
+                self._events.write(line)
                 self._events.flush()
         except (BrokenPipeError, ValueError):
             self._server_gone.set()
