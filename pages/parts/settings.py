@@ -243,7 +243,10 @@ def _read_url(lab: Lab) -> None:
                 base = going_on_from(lab, found.run)
     values, problems = permalink.read(given, base.model_dump(mode="json"))
     settings = Settings.model_validate(values)
-    if entry_of(lab, settings.model) is None:
+    entry = entry_of(lab, settings.model)
+    if entry is not None and not entry.chat and "mode" not in given:
+        settings = settings.model_copy(update={"mode": "completion"})
+    if entry is None:
         say(
             f"There is no model {errors.brief(settings.model)} in the catalogue; {base.model} is "
             "used instead."

@@ -51,8 +51,8 @@ def _model(chosen: Settings, entries: dict[str, ModelEntry]) -> None:
         list(entries),
         key=bound("model", chosen.model),
         format_func=lambda name: _model_label(entries[name]),
-        on_change=taken_from,
-        args=("model", "model"),
+        on_change=_take_model,
+        args=(entries,),
     )
     entry = entries.get(chosen.model)
     if entry is None or entry.problem:
@@ -61,6 +61,12 @@ def _model(chosen: Settings, entries: dict[str, ModelEntry]) -> None:
         st.caption(":material/casino: Random weights: speed is real, text is noise.")
     elif entry.source_precision:
         st.caption(f"Weights from {shown.escaped(entry.source_precision)}")
+
+
+def _take_model(entries: dict[str, ModelEntry]) -> None:
+    """Take the chosen model; one that knows no chat continues texts."""
+    name = st.session_state["model"]
+    settings.change(model=name, **({} if entries[name].chat else {"mode": "completion"}))
 
 
 def _model_label(entry: ModelEntry) -> str:

@@ -163,3 +163,11 @@ def test_a_model_name_in_the_address_cannot_leave_the_catalogue(lab: Lab) -> Non
     test = opened("Playground", model="../../etc")
     assert any("There is no model ../../etc" in said for said in errors(test))
     assert test.session_state["settings"].model == "tiny"
+
+
+def test_a_model_that_knows_no_chat_continues_texts(lab: Lab) -> None:
+    assert opened("Playground", model="gpt2").session_state["settings"].mode == "completion"
+    test = opened("Playground", model="tiny", mode="chat")
+    test.selectbox(key="model").select("gpt2").run()
+    assert test.session_state["settings"].mode == "completion"
+    assert not test.error
