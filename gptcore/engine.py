@@ -18,14 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptcore.errors import Cancelled, ContextOverflow, InvalidInput
+from gptcore.errors import Cancelled, ContextOverflow, InvalidInput, NumericalError
 from gptcore.model import GPT, KVCache
 from gptcore.records import Alternative, FinishReason, Request, Token
 from gptcore.sampling import Floats, Stage, draw, likeliest, stages, uniform
 from gptcore.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512
-"""Tokens computed at once in prefill; between two chunks a cancellation is seen."""
+"""Tokens computed at once in prefill, at most; between two chunks a cancellation is seen."""
+CHUNK_PARAMETERS = 3 * 10**10
+"""Tokens × parameters of a chunk on a CPU: about half a second of work on two cores."""
+LEAST_CHUNK = 32
 FORCED_CHUNK = 64
 """As above where the logits of every position are wanted: 64 × V × 4 bytes are 13 MB."""
 
@@ -137,10 +140,13 @@ def read(model: GPT, ids: Sequence[int], cache: KVCache, cancelled: Callable[[],
     Raises:
         Cancelled: between two chunks.
     """
-    for begin in range(0, len(ids), PREFILL_CHUNK):
+    size = PREFILL_CHUNK
+    if cache.k.device.type == "cpu":
+        size = max(LEAST_CHUNK, min(size, CHUNK_PARAMETERS // model.spec.parameters))
+    for begin in range(0, len(ids), size):
         if cancelled():
             raise Cancelled("Cancelled while the prompt was being read.")
-        logits = prefill(model, ids[begin : begin + PREFILL_CHUNK], cache)
+        logits = prefill(model, ids[begin : begin + size], cache)
     return logits
 
 
@@ -156,6 +162,7 @@ class Generation:
         prompt_ids: after a cut.
         token_ids: of the answer so far, forced ones included.
         finish_reason: None until the end.
+        new_tokens: tokens generated so far; forced ones, and the end of text, are none.
         prefill_s: seconds of the prefill, None before it is done.
     """
 
@@ -167,21 +174,18 @@ class Generation:
         self.sent_at = sent_at
         self.prompt_ids, self.cut_tokens = engine.prompt_ids(request)
         self.token_ids: list[int] = []
+        self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.prefill_s: float | None = None
         self.first_s: float | None = None
-        """Seconds from sending to the first token that was not forced."""
+        """Seconds from sending to the first text that was not forced."""
         self.last_s: float | None = None
+        """Seconds from sending to the last token."""
         self._cancelled = cancelled
         vocabulary = engine.model.spec.vocabulary
         for id in request.forced_ids:
             if not 0 <= id < vocabulary:
                 raise InvalidInput(f"Token id {id} is not in the vocabulary of {vocabulary:,}.")
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens generated so far, forced ones left out."""
-        return len(self.token_ids) - len(self.request.forced_ids)
 
     def __iter__(self) -> Iterator[Token]:
         """Yield tokens until the limit, a stop string, the end of text, or a cancellation.
@@ -191,16 +195,23 @@ class Generation:
         """
         text = _Text(self.engine.tokenizer, self.request.stop)
         try:
-            for token in self._tokens(text):
-                yield from text.push(token)
+            for token in self._tokens():
+                for released in text.push(token):
+                    if self.first_s is None and released.text and not released.forced:
+                        self.first_s = token.seconds
+                    yield released
                 if text.stopped:
                     self.finish_reason = FinishReason.STOP
                     break
         except Cancelled:
             self.finish_reason = FinishReason.CANCELLED
+        except NumericalError:
+            self.finish_reason = FinishReason.ERROR
+            yield from text.flush()
+            raise
         yield from text.flush()
 
-    def _tokens(self, text: _Text) -> Iterator[Token]:
+    def _tokens(self) -> Iterator[Token]:
         model, request, clock = self.engine.model, self.request, self.engine.clock
         limit = min(
             request.max_new_tokens,
@@ -208,18 +219,22 @@ class Generation:
         )
         cache = model.new_cache(len(self.prompt_ids) + len(request.forced_ids) + limit)
         started = clock()
-        logits = read(model, self.prompt_ids, cache, self._cancelled)
-        raw = as_numpy(logits)
+        raw = as_numpy(read(model, self.prompt_ids, cache, self._cancelled))
+        reading_s = clock() - started
         for begin in range(0, len(request.forced_ids), FORCED_CHUNK):
             if self._cancelled():
                 raise Cancelled("Cancelled while the branch was being read.")
             chunk = request.forced_ids[begin : begin + FORCED_CHUNK]
+            started = clock()
             with torch.inference_mode():
-                after = model(torch.tensor([chunk], device=cache.k.device), cache)[0]  # (T, V)
+                after = model(torch.tensor([chunk], device=cache.k.device), cache)[
+                    0
+                ].cpu()  # (T, V)
+            reading_s += clock() - started
             for id, following in zip(chunk, after, strict=True):
                 yield self._token(id, raw, self._chain(raw), forced=True)
                 raw = as_numpy(following)
-        self.prefill_s = clock() - started
+        self.prefill_s = reading_s
         eos_ids = frozenset() if request.ignore_eos else self.engine.tokenizer.eos_ids
         while True:
             token = self._drawn(raw)
@@ -227,6 +242,8 @@ class Generation:
                 self.token_ids.pop()
                 self.finish_reason = FinishReason.EOS
                 return
+            self.new_tokens += 1
+            self.last_s = token.seconds
             yield token
             if self.new_tokens >= limit:
                 self.finish_reason = FinishReason.LENGTH
@@ -249,9 +266,6 @@ class Generation:
         others = likeliest(logits, self.request.alternatives)
         table = np.stack([stage.probabilities(others) for stage in chain], axis=1)
         seconds = self.engine.clock() - self.sent_at
-        if not forced:
-            self.first_s = seconds if self.first_s is None else self.first_s
-            self.last_s = seconds
         index = len(self.token_ids)
         self.token_ids.append(id)
         one = np.array([id])
@@ -287,10 +301,7 @@ class _Text:
         return self._release()
 
     def flush(self) -> list[Token]:
-        """Return what is still held, at the end."""
-        if self._held and not self.stopped:
-            last = self._held[-1]
-            self._held[-1] = _with_text(last, last.text + self._stream.flush())
+        """Return what is still held, at the end; a character that was not completed is left out."""
         return self._release(final=True)
 
     def _release(self, *, final: bool = False) -> list[Token]:

@@ -200,3 +200,29 @@ def test_next_logits_equal_the_plain_forward(engine: Engine) -> None:
     with torch.inference_mode():
         plain = engine.model(torch.tensor([prompt]))[0, -1].numpy()
     assert np.abs(engine.next_logits(prompt) - plain).max() < 1e-5
+
+
+def test_the_step_that_ends_the_text_is_in_no_time_and_no_count() -> None:
+    engine = tiny_engine()
+    free = engine.start(Request(prompt="Once", max_new_tokens=6, ignore_eos=True, seed=5))
+    written = list(free)
+    engine.tokenizer.eos_ids = frozenset({written[3].id})
+    cut = next(i for i, one in enumerate(written) if one.id == written[3].id)
+    generation = engine.start(Request(prompt="Once", max_new_tokens=6, seed=5))
+    tokens = list(generation)
+    assert generation.finish_reason is FinishReason.EOS
+    assert len(tokens) == generation.new_tokens == cut
+    assert generation.last_s == (tokens[-1].seconds if tokens else None)
+
+
+def test_a_branch_that_is_stopped_in_its_trunk_has_no_new_tokens() -> None:
+    engine = tiny_engine()
+    seen: list[Token] = []
+    request = Request(prompt="Once", forced_ids=tuple(range(20, 120)), max_new_tokens=5)
+    generation = engine.start(request, cancelled=lambda: len(seen) > 10)
+    for token in generation:
+        seen.append(token)
+        assert generation.new_tokens == 0
+    assert generation.finish_reason is FinishReason.CANCELLED
+    assert 10 < len(seen) < 100
+    assert all(token.forced for token in seen)

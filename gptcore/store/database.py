@@ -9,6 +9,7 @@ writing connection. Reading needs no lock: that is what the write-ahead log is f
 from __future__ import annotations
 
 import errno
+import importlib.util
 import sqlite3
 import threading
 import time
@@ -18,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import filelock
-import psycopg
 from sqlalchemy import (
     URL,
     Connection,
@@ -283,7 +283,11 @@ class Database:
             raise StoreError(self._sentence(error.orig or error)) from error
         except PoolTimeout as error:
             raise StoreError(self._locked()) from error
-        except (SQLAlchemyError, sqlite3.Error, psycopg.Error) as error:
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise StoreError(self._sentence(error)) from error
+        except Exception as error:
+            if not _is_psycopgs(error):
+                raise
             raise StoreError(self._sentence(error)) from error
 
     def _sentence(self, error: BaseException) -> str:
@@ -308,12 +312,20 @@ class Database:
                 "writable, or set GPTLAB_DATABASE_URL to another file."
             )
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, psycopg.OperationalError) and not state:
+        if _is_psycopgs(error, "OperationalError") and not state:
             return (
                 f"The database {self.shown} cannot be reached ({first}): check that the server "
                 "runs and that GPTLAB_DATABASE_URL is right."
             )
         return f"The database {self.shown} failed: {first}"
+
+
+def _is_psycopgs(error: BaseException, name: str = "Error") -> bool:
+    """Whether it is PostgreSQL's driver's; that is there only with requirements-postgres.txt."""
+    return any(
+        one.__name__ == name and one.__module__.partition(".")[0] == "psycopg"
+        for one in type(error).__mro__
+    )
 
 
 def parsed(url: str) -> URL:
@@ -332,6 +344,11 @@ def parsed(url: str) -> URL:
         ) from None
     kind = found.drivername.partition("+")[0]
     if kind in ("postgresql", "postgres"):
+        if importlib.util.find_spec("psycopg") is None:
+            raise StoreError(
+                "GPTLAB_DATABASE_URL names a PostgreSQL database, whose driver is not installed: "
+                "pip install -r requirements-postgres.txt."
+            )
         return found.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
         raise StoreError(
