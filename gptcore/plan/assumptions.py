@@ -22,6 +22,8 @@ G, T = 10**9, 10**12
 OWN = "own"
 MACHINE = "machine"
 FREE = "custom"
+SUSTAINED_RATIO = 0.4
+"""Of a card's 16-bit rate in training; 0.3 to 0.5 is published (arXiv:2104.04473, 2204.02311)."""
 
 
 def _said(source: str, unit: str = "") -> Any:
@@ -51,7 +53,7 @@ class Assumptions(BaseModel):
     )
 
     card: str = Field(
-        "a100-80gb", max_length=60, title="Card", description="An accelerator, machine, or own."
+        "v100-32gb", max_length=60, title="Card", description="An accelerator, machine, or own."
     )
     own_memory_gb: float = Field(
         8.0, gt=0, le=100_000, title="Memory", json_schema_extra=_said("your own card", "GB")
@@ -276,6 +278,23 @@ def read(query: Mapping[str, Sequence[str]]) -> tuple[Assumptions, list[str]]:
             used = Assumptions.model_fields[name].default
             problems.append(f"{str(error).rstrip('.')}; {used} is used instead.")
     return Assumptions(**found), problems
+
+
+def on_card(assumptions: Assumptions, name: str) -> Assumptions:
+    """Return the assumptions on another card, with its power and ``SUSTAINED_RATIO`` of its rate.
+
+    Raises:
+        InvalidInput: there is no such card.
+    """
+    changes: dict[str, Any] = {"card": name}
+    if name in CARDS:
+        found = CARDS[name]
+        changes["tflop_per_s"] = round(SUSTAINED_RATIO * found.rate("bf16") / T, 1)
+        if "bf16" not in found.flop_per_s and "fp16" in found.flop_per_s:
+            changes["tflop_per_s"] = round(SUSTAINED_RATIO * found.rate("fp16") / T, 1)
+        if found.watts is not None:
+            changes["watts"] = found.watts
+    return make({**assumptions.model_dump(), **changes})
 
 
 def source(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from gptcore.catalogue import Catalogue
 from gptcore.paths import models_dir
-from gptcore.plan.assumptions import Assumptions, make, source
+from gptcore.plan.assumptions import Assumptions, make, on_card, source
 from gptcore.plan.outcome import Outcome, outcome
 from gptcore.plan.peaks import measure_peaks
 from gptcore.spec import ModelSpec
@@ -42,6 +42,8 @@ def plan(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         if (value := getattr(options, name)) is not None
     }
     assumptions = make(given)
+    if "card" in given:
+        assumptions = make({**on_card(assumptions, assumptions.card).model_dump(), **given})
     if options.measure:
         measure_peaks()
     found = outcome(assumptions, known_specs())
