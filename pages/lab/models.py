@@ -192,13 +192,12 @@ def add_source(kind: str) -> None:
 
 
 def add_upload() -> None:
-    """Start adding from uploaded files; their folder lives as long as this session needs it."""
+    """Start adding from uploaded files; their folder goes away with the job."""
     name = str(st.session_state.get("name upload") or "").strip()
 
     def do() -> None:
         folder, path = stored(st.session_state.get("files") or [], name)
-        st.session_state["upload folder"] = folder
-        start_job(lab.add_model(path, name or None))
+        start_job(lab.add_model(path, name or None, folder.cleanup))
 
     attempt(do)
 

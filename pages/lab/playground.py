@@ -191,7 +191,7 @@ def conversation(lab: Lab, found: Snapshot | None) -> None:
             said(turn)
         if found is not None:
             active = not found.run.state.final
-            st.fragment(writing, run_every=tick(found) if active else None)(
+            st.fragment(errors.guarded(writing), run_every=tick(found) if active else None)(
                 lab, found.run.id, active
             )
         elif not earlier:
@@ -269,7 +269,9 @@ def waiting(found: Snapshot) -> None:
 def outcome(lab: Lab, found: Snapshot | None) -> None:
     """Draw the numbers of the text, while it is written and after."""
     active = found is not None and not found.run.state.final
-    st.fragment(costs, run_every=0.4 if active else None)(lab, found.run.id if found else None)
+    st.fragment(errors.guarded(costs), run_every=0.4 if active else None)(
+        lab, found.run.id if found else None
+    )
     if found is None:
         return
     if found.run.state is RunState.CANCELLED:
@@ -371,4 +373,4 @@ with grid.cell(column_span=3):
     prompt_field(snapshot)
     outcome(lab, snapshot)
 with grid.cell(column_span=2):
-    st.fragment(controls)(lab)
+    st.fragment(errors.guarded(controls))(lab)

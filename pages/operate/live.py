@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import streamlit as st
 
-from pages.parts import charts
+from pages.parts import charts, errors
 from pages.parts import format as shown
 from pages.parts.charts import Picture
 from pages.parts.links import PLAYGROUND
@@ -51,7 +51,7 @@ def metrics(picture: Picture, readings: charts.Series, at: float, label: str) ->
     absence = lab.gpu_absence()
     with st.grid(5, min_column_width=170, gap="small"):
         metric(
-            "Decode, tokens/s",
+            "Output, tokens/s",
             shown.number(charts.latest(readings, charts.OUTPUT_TOKENS, at)),
             charts.sparkline(readings, charts.OUTPUT_TOKENS),
             "last minute",
@@ -294,7 +294,7 @@ def watched(seconds: int, going: bool) -> None:
 
 
 seconds, going = header()
-st.fragment(watched, run_every=1.0 if going else None)(seconds, going)
+st.fragment(errors.guarded(watched), run_every=1.0 if going else None)(seconds, going)
 with st.container(horizontal=True, vertical_alignment="center"):
     st.subheader("Requests", width="stretch")
     st.page_link(PLAYGROUND, label="Write something", icon=":material/edit_note:")

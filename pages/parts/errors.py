@@ -6,6 +6,10 @@ goes on to Streamlit.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import streamlit as st
 from pydantic import ValidationError
 
@@ -14,7 +18,23 @@ from gptcore.sentences import brief as brief
 from gptcore.sentences import sentence as sentence
 from pages.parts import format as shown
 
-USERS_ERRORS = (GptcoreError, ValidationError)
+P = ParamSpec("P")
+
+
+def guarded(draw: Callable[P, None]) -> Callable[P, None]:
+    """Return ``draw`` so that what a user can cause in the middle of it is said in its place.
+
+    Every fragment needs it: its own runs do not pass the script of the page.
+    """
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            draw(*args, **kwargs)
+        except GptcoreError as error:
+            show(error)
+
+    return drawn
 
 
 def show(error: GptcoreError | ValidationError | str, icon: str = ":material/error:") -> None:

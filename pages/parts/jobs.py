@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from gptcore.records import RunKind, RunState
+from pages.parts import errors
 from pages.parts import format as shown
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def job_progress(lab: Lab) -> None:
         return
     found = lab.snapshot(run_id)
     active = found is not None and not found.run.state.final
-    st.fragment(_drawn, run_every=0.5 if active else None)(lab, run_id, active)
+    st.fragment(errors.guarded(_drawn), run_every=0.5 if active else None)(lab, run_id, active)
 
 
 def _drawn(lab: Lab, run_id: str, was_active: bool) -> None:

@@ -159,7 +159,7 @@ def _awaited(lab: Lab, asked: Look) -> NextLogits | None:
             errors.show(snapshot.run.error or "It ended before there was anything to show.")
             return None
         if time.monotonic() > deadline:
-            st.fragment(_waiting, run_every=0.3)(lab, asked)
+            st.fragment(errors.guarded(_waiting), run_every=0.3)(lab, asked)
             return None
         time.sleep(0.01)
 

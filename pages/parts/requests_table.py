@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from gptcore.records import Numbers, Run, RunKind, RunState, Token
-from pages.parts import charts
+from pages.parts import charts, errors
 from pages.parts import format as shown
 from pages.parts.links import PLAYGROUND
 from pages.parts.numbers import DEFINITIONS, costs_in_words, numbers_row
@@ -207,7 +207,9 @@ def requests_table(lab: Lab, zone_name: str | None, *, refresh: bool) -> None:
     if "open_request" not in st.session_state:
         st.session_state["open_request"] = st.query_params.get("request")
     run_id = st.session_state["open_request"]
-    st.fragment(_listed, run_every=2.0 if refresh and not run_id else None)(lab, zone_name)
+    st.fragment(errors.guarded(_listed), run_every=2.0 if refresh and not run_id else None)(
+        lab, zone_name
+    )
     if not run_id:
         return
     found = lab.snapshot(run_id[:64])
@@ -216,7 +218,7 @@ def requests_table(lab: Lab, zone_name: str | None, *, refresh: bool) -> None:
         return
     every = None if found.run.state.final else 1.0
     with st.container(border=True):
-        st.fragment(_opened, run_every=every)(lab, run_id, shown.zone_of(zone_name))
+        st.fragment(errors.guarded(_opened), run_every=every)(lab, run_id, shown.zone_of(zone_name))
 
 
 def _opened(lab: Lab, run_id: str, zone: tzinfo) -> None:

@@ -8,7 +8,7 @@ import streamlit as st
 
 from gptcore.errors import GptcoreError
 from gptcore.records import Run, RunKind
-from pages.parts import charts
+from pages.parts import charts, errors
 from pages.parts import format as shown
 from pages.parts.jobs import is_busy, job_progress, start_job
 from pages.parts.links import LIVE, MODELS, PLAYGROUND
@@ -151,4 +151,4 @@ with left:
     first_step()
 with right:
     machine()
-st.fragment(now_running, run_every=2.0)()
+st.fragment(errors.guarded(now_running), run_every=2.0)()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from gptcore.errors import StoreError
 from gptcore.lab import Lab
 from gptcore.records import Request, RunState
 from pages.parts import services
@@ -171,3 +172,22 @@ def test_a_model_that_knows_no_chat_continues_texts(lab: Lab) -> None:
     test.selectbox(key="model").select("gpt2").run()
     assert test.session_state["settings"].mode == "completion"
     assert not test.error
+
+
+@pytest.mark.parametrize("title", FILES)
+def test_a_database_that_fails_in_the_middle_of_a_session_is_one_sentence(
+    lab: Lab, finished: str, title: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = opened(title, run=finished)
+
+    def locked(*_: object, **__: object) -> None:
+        raise StoreError("The database lab.db is locked by another program: wait.")
+
+    for name in ("runs", "run", "tokens", "readings", "latencies", "rates", "add_run", "variant"):
+        monkeypatch.setattr(lab._store, name, locked)
+    test.run()
+    assert not test.exception
+    monkeypatch.undo()
+    test.run()
+    assert not test.exception
+    assert not errors(test)
