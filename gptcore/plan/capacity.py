@@ -55,7 +55,6 @@ class Capacity:
 def replica_at(
     spec: ModelSpec,
     precision: str,
-    card: Card,
     device: Device,
     batch: int,
     *,
@@ -134,7 +133,6 @@ def capacity(
         return replica_at(
             spec,
             precision,
-            card,
             device,
             batch,
             prompt_tokens=prompt_tokens,

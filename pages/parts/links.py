@@ -8,4 +8,5 @@ _PAGES = Path(__file__).parents[1]
 HOME = _PAGES / "start" / "home.py"
 PLAYGROUND = _PAGES / "lab" / "playground.py"
 MODELS = _PAGES / "lab" / "models.py"
+PLAN = _PAGES / "plan" / "plan.py"
 LIVE = _PAGES / "operate" / "live.py"
