@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
+from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -31,6 +33,8 @@ MAX_NAME_BYTES = 255
 MAX_TEMPLATE_CHARS = 100_000
 MAX_RENDERED_CHARS = 4_000_000
 MAX_RENDER_S = 5.0
+MAX_PADDING = 10_000
+PADDING = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs"})
 MAX_POWER = 100
 """Of both numbers of a power in a template; a product may reach ``MAX_RENDERED_CHARS``."""
 NO_CHAT = "This model knows no chat: use completion."
@@ -217,19 +221,28 @@ class _TimedLoops(CodeGenerator):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja2's sandbox, with an end: loops and calls hold to a time, products to a size."""
+    """Jinja2's sandbox, with an end: loops and calls hold to a time, what they make to a size."""
 
     code_generator_class = _TimedLoops
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Return what a function or macro returns."""
         _check_time()
+        name, owner = getattr(function, "__name__", ""), getattr(function, "__self__", None)
+        if name in PADDING:
+            _check_widths(*args, *kwargs.values())
+        elif name in ("format", "format_map"):
+            _check_widths(owner)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Return a product, or a power of small numbers."""
-        if operator == "**":
+        if operator == "%":
+            too_large = False
+            if isinstance(left, str):
+                _check_widths(left)
+        elif operator == "**":
             too_large = max(abs(left), abs(right)) > MAX_POWER
         else:
             sizes = [len(one) if hasattr(one, "__len__") else abs(one) for one in (left, right)]
@@ -239,10 +252,38 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+def _check_widths(*values: Any) -> None:
+    """Refuse to pad a text to a width, or by a format's width, that no chat needs."""
+    for one in values:
+        if (isinstance(one, int) and one > MAX_PADDING) or (
+            isinstance(one, str) and re.search(rf"\d{{{len(str(MAX_PADDING))}}}", one)
+        ):
+            raise SecurityError(f"it pads a text to more than {MAX_PADDING:,} characters")
+
+
+def _narrow(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter of jinja2's that pads no wider than ``MAX_PADDING``."""
+
+    def applied(value: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_widths(*args, *kwargs.values())
+        return apply(value, *args, **kwargs)
+
+    return applied
+
+
+def _formatted(value: str, *args: Any, **kwargs: Any) -> str:
+    _check_widths(value)
+    return do_format(value, *args, **kwargs)
+
+
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["timed"] = _timed
+    for name in ("center", "indent"):
+        sandbox.filters[name] = _narrow(sandbox.filters[name])
+    sandbox.filters["format"] = _formatted
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
     sandbox.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     return sandbox.from_string(template)
 

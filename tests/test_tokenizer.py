@@ -275,6 +275,11 @@ ATTACKS = {
     "giant text": "{{ 'x' * 1000000000 }}",
     "giant list": "{{ [0] * 1000000000 }}",
     "giant product of product": "{% set a = 'x' * 3000000 %}{{ (a * 3000)|length }}",
+    "giant padding": "{{ ('%0300000000d' % 1)|length }}",
+    "giant method": "{{ 'x'.ljust(300000000)|length }}",
+    "giant filter": "{{ ('x'|center(300000000))|length }}",
+    "giant format": "{{ '{:>300000000}'.format(1)|length }}",
+    "giant format filter": "{{ ('%300000000d'|format(1))|length }}",
     "endless output": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxx"
     "{% endfor %}{% endfor %}",
     "mutation of a message": "{{ messages[0].update({'content': 'evil'}) }}",
@@ -341,8 +346,9 @@ def test_what_honest_templates_do_is_rendered():
         "{% set ns.n = ns.n + 2 * 3 %}{{ m.content|trim }}{% if loop.last %}{% break %}{% endif %}"
         "{% endfor %}{{ ns.n }}{{ {'a': '<ü>'}|tojson }}{{ 2 ** 3 }}"
         "{% if add_generation_prompt %}!{% endif %}{% if tools is defined %}?{% endif %}"
+        "{{ '%03d' % 7 }}{{ 'a\nb'|indent(2) }}{{ '{:>3}'.format(1) }}{{ strftime_now('%%') }}"
     )
-    assert render(template, **CHAT) == '===Hi6{"a": "<ü>"}8!'
+    assert render(template, **CHAT) == '===Hi6{"a": "<ü>"}8!007a\n  b  1%'
 
 
 def test_a_template_is_found_in_each_place_where_it_may_lie(tiny_folder: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from gptcore.catalogue import ModelEntry
 from gptcore.device import PRECISIONS, Placement, cores
-from gptcore.errors import GptcoreError, InvalidInput
+from gptcore.errors import InvalidInput
 from gptcore.lab import Lab
 from gptcore.recipe import SHORTHANDS, Variant
 from gptcore.records import Message, Request, Run, Sampling
@@ -282,15 +282,3 @@ def threads_of(lab: Lab, run: Run) -> int:
     made = lab.run_provenance(run)
     threads = made.threads if made else None
     return 0 if threads is None or threads == cores() else threads
-
-
-def problem_of(lab: Lab, settings: Settings) -> str | None:
-    """Return why nothing can be generated with what was picked, in a sentence; None if it can."""
-    entry = entry_of(lab, settings.model)
-    if entry is not None and entry.problem:
-        return f"{entry.title}: {entry.problem}"
-    try:
-        fit = lab.fit(settings.variant(lab))
-    except GptcoreError as error:
-        return str(error)
-    return None if fit.fits else fit.sentence

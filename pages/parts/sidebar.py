@@ -12,7 +12,8 @@ from gptcore.device import Device
 from gptcore.errors import GptcoreError
 from gptcore.lab import Lab
 from gptcore.passes.registry import passes
-from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
+from gptcore.recipe import Recipe, Variant, place
+from gptcore.spec import ModelSpec
 from pages.parts import format as shown
 from pages.parts import settings
 from pages.parts.settings import NAMED_PRECISIONS, Settings, bound, taken_from
@@ -28,9 +29,10 @@ def draw(lab: Lab) -> None:
     device = devices.get(chosen.device) or Device(chosen.device, chosen.device, "it is not here.")
     with st.sidebar, st.container(gap="small"):
         _model(chosen, entries)
-        _precision(chosen, device)
+        entry = entries.get(chosen.model)
+        _precision(chosen, device, entry.spec if entry else None)
         _device(chosen, devices)
-        _memory(lab, chosen, entries.get(chosen.model))
+        _memory(lab, chosen, entry)
         _recipe(lab, chosen)
         with st.expander("Threads", icon=":material/memory:"):
             st.number_input(
@@ -75,13 +77,13 @@ def _model_label(entry: ModelEntry) -> str:
     return f"{entry.title} · random" if entry.kind == "random" else entry.title
 
 
-def _precision(chosen: Settings, device: Device) -> None:
-    marks = {name: caution_of(device, name, chosen.threads) for name in NAMED_PRECISIONS}
+def _precision(chosen: Settings, device: Device, spec: ModelSpec | None) -> None:
+    marks = {name: caution_of(device, name, spec) for name in NAMED_PRECISIONS}
     st.selectbox(
         "Precision",
         NAMED_PRECISIONS,
         key=bound("precision", chosen.precision),
-        format_func=lambda name: f"{name} · {BITS[name]}" + (" · slow here" if marks[name] else ""),
+        format_func=lambda name: f"{name} · {BITS[name]}" + (" · caution" if marks[name] else ""),
         on_change=taken_from,
         args=("precision", "precision"),
         help="\n\n".join(
@@ -93,11 +95,16 @@ def _precision(chosen: Settings, device: Device) -> None:
         st.caption(f":orange[:material/warning:] {shown.escaped(mark)}")
 
 
-def caution_of(device: Device, precision: str, threads: int) -> str | None:
-    """Return what ``device`` does badly with a precision as it is named in the sidebar."""
-    if precision in SHORTHANDS:
-        return None
-    return device.caution(precision)
+def caution_of(device: Device, precision: str, spec: ModelSpec | None) -> str | None:
+    """Return what ``device`` does badly with a precision, or cannot do, as the sidebar names it."""
+    try:
+        placement, recipe = place(precision, device.id, 0, Recipe())
+    except GptcoreError as error:
+        return str(error)
+    for one in recipe.passes:
+        if spec is not None and (blocked := one.blocked_by(spec, placement)):
+            return blocked
+    return device.caution(placement.precision)
 
 
 def _device(chosen: Settings, devices: dict[str, Device]) -> None:

@@ -150,3 +150,15 @@ def test_no_tracked_file_names_a_machine_path_or_a_registry() -> None:
             if FOREIGN.search(line):
                 found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert found == []
+
+
+def test_every_model_stands_in_the_table_of_what_was_checked(tmp_path: Path) -> None:
+    table = README.partition("## What was checked")[2].partition("\n## ")[0]
+    for entry in Catalogue(tmp_path).entries():
+        cells = next(
+            line.split("|")[2:-1]
+            for line in table.splitlines()
+            if line.startswith(f"| {entry.name} |")
+        )
+        assert len(cells) == 5, entry.name
+        assert all(cell.strip() for cell in cells), entry.name
