@@ -205,6 +205,12 @@ def outcome(
     notes = list(quirks(one.model))
     if one.context > spec.context:
         notes.append(f"{one.model} reads {spec.context:,} tokens at most; that is planned for.")
+    odd = sorted({each.columns for each in spec.linears if each.columns % memory.INT4_GROUP})
+    if one.precision == "int4" and odd:
+        notes.append(
+            f"Layers of {' and '.join(f'{n:,}' for n in odd)} columns are no multiple of "
+            f"{memory.INT4_GROUP}, the group that shares a scale: they stay in 16 bits."
+        )
     held, problem = None, None
     try:
         held = needed(one, spec, context, here)

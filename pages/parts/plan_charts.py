@@ -48,7 +48,14 @@ def _figure(height: int, **layout: Any) -> go.Figure:
     figure.update_layout(
         height=height,
         margin={"l": 8, "r": 16, "t": 28, "b": 8},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "title": None},
+        legend={
+            "orientation": "h",
+            "yanchor": "bottom",
+            "y": 1.0,
+            "x": 0,
+            "title": None,
+            "traceorder": "normal",
+        },
         hoverlabel={"namelength": -1},
         **layout,
     )
@@ -83,7 +90,8 @@ def part_shares(specs: Mapping[str, ModelSpec]) -> go.Figure:
 
 def memory_bar(memory: Memory, usable: int) -> go.Figure:
     """Return what the fullest device holds, against what it can give."""
-    figure = _figure(170, barmode="stack", bargap=0.3)
+    figure = _figure(190, barmode="stack", bargap=0.3)
+    figure.update_layout(legend={"y": 1.2})
     for color, (name, count) in zip(colors(), memory.by_part.items(), strict=False):
         if count:
             figure.add_bar(
@@ -98,7 +106,7 @@ def memory_bar(memory: Memory, usable: int) -> go.Figure:
         x=usable / 2**30,
         line={"width": 1.5, "dash": "dash", "color": GREY},
         annotation_text=f"usable {shown.size(usable)}",
-        annotation_position="bottom right" if usable < memory.total else "bottom left",
+        annotation_position="top right" if 2 * usable < memory.total else "top left",
         annotation_font_size=12,
     )
     figure.update_xaxes(title_text="on one device, GiB", rangemode="tozero")
@@ -131,7 +139,8 @@ def memory_curve(
     )
     figure.add_vline(x=chosen, line={"width": 1, "dash": "dot", "color": GREY})
     figure.update_layout(hovermode="x unified")
-    figure.update_xaxes(title_text="context, tokens", type="log", dtick="D1")
+    _doublings(figure, contexts)
+    figure.update_xaxes(title_text="context, tokens")
     figure.update_yaxes(title_text="on one device, GiB", rangemode="tozero")
     return figure
 
@@ -179,7 +188,7 @@ def split_picture(stages: Sequence[Stage], tensor: int, data: int) -> go.Figure:
         )
         figure.add_annotation(
             x=at + 0.5,
-            y=-0.05,
+            y=0.0,
             yanchor="bottom",
             showarrow=False,
             text="<br>".join(inside),
@@ -194,10 +203,10 @@ def split_picture(stages: Sequence[Stage], tensor: int, data: int) -> go.Figure:
             "y": 0.02,
             "yanchor": "bottom",
         },
-        margin={"l": 8, "r": 8, "t": 58, "b": 26},
+        margin={"l": 8, "r": 8, "t": 8, "b": 26},
     )
     figure.update_xaxes(visible=False, range=[0, max(2, len(columns) + 0.4)])
-    figure.update_yaxes(visible=False, range=[rows, 0])
+    figure.update_yaxes(visible=False, range=[rows, -0.75])
     return figure
 
 
@@ -274,8 +283,9 @@ def frontier(
             marker={"size": 5},
             hovertemplate=f"{name}: %{{y:,}} texts of %{{x:,}} tokens<extra></extra>",
         )
-    figure.update_xaxes(title_text="context of each text, tokens", type="log", dtick="D1")
-    figure.update_yaxes(title_text="most texts at once", type="log", dtick="D1")
+    _doublings(figure, contexts)
+    figure.update_xaxes(title_text="context of each text, tokens")
+    figure.update_yaxes(title_text="most texts at once", type="log", dtick=1)
     return figure
 
 
@@ -348,8 +358,8 @@ def token_budgets(specs: Mapping[str, ModelSpec], chosen: ModelSpec, tokens: flo
         marker={"size": 13, "color": third, "line": {"width": 2, "color": surface()}},
         hovertemplate="%{x:.3s} parameters, %{y:.3s} tokens<extra></extra>",
     )
-    figure.update_xaxes(title_text="parameters", type="log", dtick="D1")
-    figure.update_yaxes(title_text="training tokens", type="log", dtick="D1")
+    figure.update_xaxes(title_text="parameters", type="log", dtick=1)
+    figure.update_yaxes(title_text="training tokens", type="log", dtick=1)
     return figure
 
 
@@ -389,8 +399,8 @@ def roofline(rates: Rates, prefill: Step, decode: Step) -> go.Figure:
             hovertemplate=f"{name}, %{{customdata[0]}}<br>%{{customdata[1]}}, bound by "
             "%{customdata[2]}<br>%{x:.3~g} FLOP a byte, %{y:,.3~s} GFLOP/s<extra></extra>",
         )
-    figure.update_xaxes(title_text="intensity, FLOP a byte", type="log", dtick="D1")
-    figure.update_yaxes(title_text="reached, GFLOP/s", type="log", dtick="D1")
+    figure.update_xaxes(title_text="intensity, FLOP a byte", type="log", dtick=1)
+    figure.update_yaxes(title_text="reached, GFLOP/s", type="log", dtick=1)
     return figure
 
 
@@ -470,13 +480,32 @@ def batches(replicas: Sequence[Replica], tpot_s: float, room: int, chosen: int |
                 annotation_text="planned", annotation_font_size=11,
             )  # fmt: skip
         figure.update_yaxes(title_text=title, type="log", dtick="D2", row=1, col=column)
-        figure.update_xaxes(title_text="texts at once", type="log", dtick="D1", row=1, col=column)
+        figure.update_xaxes(
+            title_text="texts at once",
+            type="log",
+            tickvals=[4**power for power in range(7)],
+            row=1,
+            col=column,
+        )
     figure.add_hline(
         y=1000 * tpot_s, row=1, col=2, line={"width": 1.5, "dash": "dash", "color": GREY},
         annotation_text="objective", annotation_font_size=11,
     )  # fmt: skip
     figure.update_layout(height=300, showlegend=False, margin={"l": 8, "r": 16, "t": 24, "b": 8})
     return figure
+
+
+def _doublings(figure: go.Figure, values: Sequence[int]) -> None:
+    """Let the x axis be logarithmic, with marks at powers of two."""
+    low, high = max(1, min(values)).bit_length(), max(values).bit_length()
+    marks = [2**power for power in range(low - 1, high + 1)]
+    every = max(1, len(marks) // 8)
+    figure.update_xaxes(
+        type="log",
+        tickvals=marks[::-1][::every],
+        ticktext=[f"{one:,}" for one in marks[::-1][::every]],
+        minor={"ticks": ""},
+    )
 
 
 def _clear(color: str, share: float) -> str:

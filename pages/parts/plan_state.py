@@ -141,8 +141,8 @@ def ask(
     if most is not None:
         st.slider(
             label_text,
-            min_value=low or (step or 1.0),
-            max_value=max(most, value),
+            min_value=float(low or step or 1.0),
+            max_value=float(max(most, value)),
             step=step,
             format="%.4g",
             **shared,
@@ -150,8 +150,8 @@ def ask(
         return
     st.number_input(
         label_text,
-        min_value=int(low) if whole and low is not None else low,
-        max_value=int(min(high, SAFE)) if whole and high is not None else high,
+        min_value=None if low is None else int(low) if whole else float(low),
+        max_value=None if high is None else int(min(high, SAFE)) if whole else float(high),
         step=int(step or 1) if whole else step,
         format=None if whole else "%.6g",
         **shared,

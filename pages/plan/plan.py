@@ -111,7 +111,7 @@ def numbers(found: Outcome) -> None:
         )
         st.metric(
             "KV cache, a token",
-            shown.size(found.kv_bytes_per_token),
+            f"{shown.three_digits(found.kv_bytes_per_token / 2**20)} MiB",
             delta=f"{shown.whole(found.kv_bytes_per_token)} bytes",
             delta_color="off",
             delta_arrow="off",
@@ -156,12 +156,35 @@ def draw_size(found: Outcome) -> None:
             f"{spec.head_width}, {spec.kv_heads} for keys and values · MLP {spec.hidden:,} · "
             f"context {spec.context:,} · vocabulary {spec.vocabulary:,}"
         )
+        if found.assumptions.model in shapes.PUBLISHED:
+            published()
     with right, st.container(border=True):
         st.markdown("**The larger the model, the smaller the share of its embeddings**")
         drawn = {**GPT2, **GPT3}
         if found.assumptions.model not in drawn:
             drawn = {**drawn, found.assumptions.model: found.spec}
         chart(plan_charts.part_shares(drawn), key="parts")
+
+
+def published() -> None:
+    """Draw what the papers say of each size beside what it really has."""
+    st.markdown("**As published, and exactly**")
+    st.dataframe(
+        {
+            "Size": list(shapes.PUBLISHED),
+            "Published": [shown.parameters(one.parameters) for one in shapes.PUBLISHED.values()],
+            "Exact": [f"{PRESETS[name].parameters:,}" for name in shapes.PUBLISHED],
+            "": ["heads × width of a head ≠ width" if any("heads of" in said
+                 for said in shapes.quirks(name)) else "" for name in shapes.PUBLISHED],
+        },
+        hide_index=True,
+        height=260,
+        column_config={
+            name: st.column_config.TextColumn(name, alignment="right")
+            for name in ("Published", "Exact")
+        },
+        alt="Published and exact numbers of parameters",
+    )  # fmt: skip
 
 
 def draw_memory(found: Outcome) -> None:
@@ -222,7 +245,11 @@ def draw_fit(found: Outcome) -> None:
         f"{min(one.context, found.spec.context):,}."
         if limit.fits
         else f"{one.model} in {one.precision} does not fit on {card.title}"
-        + (f"; it would in {' or '.join(best)}." if best else " in any precision; split it.")
+        + (
+            f"; it would in {' or '.join(best)}."
+            if best
+            else ", nor in any other precision: split it over devices."
+        )
     )
     (st.success if limit.fits else st.warning)(
         shown.escaped(said), icon=":material/check_circle:" if limit.fits else ":material/info:"
