@@ -229,12 +229,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Return what a function or macro returns."""
         _check_time()
-        name, owner = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-        if name in PADDING:
+        if getattr(function, "__name__", "") in PADDING:
             _check_widths(*args, *kwargs.values())
-        elif name in ("format", "format_map"):
-            _check_widths(owner)
         return super().call(context, function, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return the sandboxed form of a text's ``format`` method, None for anything else."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_widths(value.__self__)
+        return wrapped
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Return a product, or a power of small numbers."""
