@@ -40,6 +40,12 @@ def surface() -> str:
     return str(st.get_option(f"theme.{mode}.backgroundColor") or "#ffffff")
 
 
+def ink() -> str:
+    """Return the colour of the page's text, where Plotly would choose one of its own."""
+    mode = st.context.theme.type or "light"
+    return str(st.get_option(f"theme.{mode}.textColor") or "#171b2c")
+
+
 def _figure(height: int, **layout: Any) -> go.Figure:
     # Half a second of imports, which only a page with a chart is worth.
     import plotly.graph_objects as go
@@ -168,19 +174,19 @@ def split_picture(stages: Sequence[Stage], tensor: int, data: int) -> go.Figure:
                 fillcolor=second if edge else accent,
                 opacity=0.22,
             )
-        inside = [f"layers {stage.first + 1}–{stage.end}" if stage.end - stage.first > 1
-                  else f"layer {stage.end}"]  # fmt: skip
+        inside = [f"{stage.first + 1}–{stage.end}" if stage.end - stage.first > 1
+                  else f"{stage.end}"]  # fmt: skip
         inside += ["embedding"] if stage.embeds else []
         inside += ["head"] if stage.heads else []
         figure.add_scatter(
             x=[at + 0.5] * rows,
             y=[row + 0.5 for row in range(rows)],
             mode="text",
-            text=[shown.size(stage.weights_bytes)] * rows,
-            textfont={"size": 12},
+            text=[f"{stage.weights_bytes / 1e9:,.3g} GB"] * rows,
+            textfont={"size": 12 if len(columns) < 8 else 11},
             hovertext=[
-                f"stage {stages.index(stage) + 1}, {', '.join(inside)}<br>slice {row + 1} of "
-                f"{tensor}<br>{stage.parameters:,} parameters"
+                f"stage {stages.index(stage) + 1}, layers {', '.join(inside)}<br>slice {row + 1} "
+                f"of {tensor}<br>{stage.parameters:,} parameters"
                 for row in range(rows)
             ],
             hoverinfo="text",
@@ -229,7 +235,7 @@ def fit_matrix(cells: Sequence[Cell], contexts: Sequence[int], chosen: str) -> g
         for name in names:
             row = [by_place.get((context, name, one)) for one in precisions]
             z.append([None if one is None else float(one.fits) for one in row])
-            texts.append(["" if one is None else shown.three_digits(one.needed_bytes / 1e9)
+            texts.append(["" if one is None else f"{one.needed_bytes / 1e9:.{0 if one.needed_bytes >= 9.95e9 else 1}f}"
                           for one in row])  # fmt: skip
             hovers.append([
                 "" if one is None else f"{name} in {one.precision}, {context:,} tokens<br>"
@@ -249,7 +255,7 @@ def fit_matrix(cells: Sequence[Cell], contexts: Sequence[int], chosen: str) -> g
             colorscale=[[0, "rgba(138,144,163,0.12)"], [1, _clear(accent, 0.30)]],
             text=texts,
             texttemplate="%{text}",
-            textfont={"size": 11},
+            textfont={"size": 11, "color": ink()},
             hovertext=hovers,
             hovertemplate="%{hovertext}<extra></extra>",
             row=1,
@@ -322,8 +328,8 @@ def years_curve(flop: float, rate: float, model: str, tokens: float) -> go.Figur
         marker={"size": 13, "color": third, "line": {"width": 2, "color": surface()}},
         hovertemplate="%{x:.4~g} TFLOP/s: %{y:,.4~g} years<extra></extra>",
     )
-    figure.update_xaxes(title_text="sustained rate of one device, TFLOP/s", type="log", dtick="D2")
-    figure.update_yaxes(title_text="years on one device", type="log", dtick="D2")
+    figure.update_xaxes(title_text="sustained rate of one device, TFLOP/s", type="log", dtick=1)
+    figure.update_yaxes(title_text="years on one device", type="log", dtick=1)
     return figure
 
 
@@ -337,7 +343,7 @@ def token_budgets(specs: Mapping[str, ModelSpec], chosen: ModelSpec, tokens: flo
         x=ends,
         y=[optimal_tokens(one) for one in ends],
         mode="lines",
-        name="compute-optimal: 20 a parameter",
+        name="20 a parameter",
         line={"width": 2, "color": lead},
         hoverinfo="skip",
     )
@@ -345,7 +351,7 @@ def token_budgets(specs: Mapping[str, ModelSpec], chosen: ModelSpec, tokens: flo
         x=[one.parameters for one in gpt3.values()],
         y=[300e9] * len(gpt3),
         mode="markers",
-        name="GPT-3's sizes, 300 B tokens each",
+        name="GPT-3",
         marker={"size": 9, "color": second},
         customdata=[[name, f"{300e9 / one.parameters:,.3g}"] for name, one in gpt3.items()],
         hovertemplate="%{customdata[0]}: %{customdata[1]} tokens a parameter<extra></extra>",
@@ -447,8 +453,8 @@ def against_measured(found: Accuracy) -> go.Figure:
             hovertemplate="%{customdata[0]}: %{x:.3~g} ms predicted, %{y:.3~g} ms measured, "
             "%{customdata[1]}<extra></extra>",
         )
-    figure.update_xaxes(title_text="predicted, ms a token", type="log", dtick="D2")
-    figure.update_yaxes(title_text="measured, ms a token", type="log", dtick="D2")
+    figure.update_xaxes(title_text="predicted, ms a token", type="log", dtick=1)
+    figure.update_yaxes(title_text="measured, ms a token", type="log", dtick=1)
     return figure
 
 
@@ -461,7 +467,7 @@ def batches(replicas: Sequence[Replica], tpot_s: float, room: int, chosen: int |
     fitting = [one for one in replicas if one.memory_bytes <= room]
     panels: tuple[tuple[str, Callable[[Replica], float], str], ...] = (
         ("requests/s of a replica", lambda one: one.requests_per_s, lead),
-        ("TPOT, ms", lambda one: 1000 * one.tpot_s, second),
+        ("TPOT, ms (dashed: the objective)", lambda one: 1000 * one.tpot_s, second),
     )
     for column, (title, of, color) in enumerate(panels, start=1):
         figure.add_scatter(
@@ -474,12 +480,17 @@ def batches(replicas: Sequence[Replica], tpot_s: float, room: int, chosen: int |
             row=1,
             col=column,
         )
-        if chosen is not None:
-            figure.add_vline(
-                x=chosen, row=1, col=column, line={"width": 1.5, "dash": "dot", "color": third},
-                annotation_text="planned", annotation_font_size=11,
-            )  # fmt: skip
-        figure.update_yaxes(title_text=title, type="log", dtick="D2", row=1, col=column)
+        planned = [one for one in fitting if one.batch == chosen]
+        figure.add_scatter(
+            x=[one.batch for one in planned],
+            y=[of(one) for one in planned],
+            mode="markers",
+            marker={"size": 13, "color": third, "line": {"width": 2, "color": surface()}},
+            hovertemplate=f"planned: %{{x:,}} texts at once<br>%{{y:,.3~g}} {title}<extra></extra>",
+            row=1,
+            col=column,
+        )
+        figure.update_yaxes(title_text=title, type="log", dtick=1, row=1, col=column)
         figure.update_xaxes(
             title_text="texts at once",
             type="log",
@@ -488,9 +499,8 @@ def batches(replicas: Sequence[Replica], tpot_s: float, room: int, chosen: int |
             col=column,
         )
     figure.add_hline(
-        y=1000 * tpot_s, row=1, col=2, line={"width": 1.5, "dash": "dash", "color": GREY},
-        annotation_text="objective", annotation_font_size=11,
-    )  # fmt: skip
+        y=1000 * tpot_s, row=1, col=2, line={"width": 1.5, "dash": "dash", "color": GREY}
+    )
     figure.update_layout(height=300, showlegend=False, margin={"l": 8, "r": 16, "t": 24, "b": 8})
     return figure
 

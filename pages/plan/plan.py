@@ -97,6 +97,7 @@ def numbers(found: Outcome) -> None:
             delta_color="off",
             delta_arrow="off",
             border=True,
+            height="stretch",
             help=shown.escaped(shapes.formula(found.spec)),
         )
         st.metric(
@@ -106,16 +107,20 @@ def numbers(found: Outcome) -> None:
             delta_color="off",
             delta_arrow="off",
             border=True,
+            height="stretch",
             help="Parameters × bytes each; packed ones with their scales. 175 B in fp32 is 698 GB "
             "by the exact count; the often quoted 700 GB is 175e9 × 4.",
         )
         st.metric(
             "KV cache, a token",
-            f"{shown.three_digits(found.kv_bytes_per_token / 2**20)} MiB",
+            shown.size(found.kv_bytes_per_token)
+            if found.kv_bytes_per_token < 2**20
+            else f"{shown.three_digits(found.kv_bytes_per_token / 2**20)} MiB",
             delta=f"{shown.whole(found.kv_bytes_per_token)} bytes",
             delta_color="off",
             delta_arrow="off",
             border=True,
+            height="stretch",
             help="2 × layers × width of the key heads × bytes of a number.",
         )
         st.metric(
@@ -125,6 +130,7 @@ def numbers(found: Outcome) -> None:
             delta_color="green" if found.fits else "red",
             delta_arrow="off",
             border=True,
+            height="stretch",
             help="On the fullest device, against what a model may take of the card: 95 % of its "
             "memory, less what CUDA keeps for itself.",
         )
@@ -140,8 +146,9 @@ def draw_size(found: Outcome) -> None:
             {
                 "Part": list(found.parts),
                 "Parameters": [f"{count:,}" for count in found.parts.values()],
-                "Share": [shown.share(count / found.spec.parameters)
-                          for count in found.parts.values()],
+                "Share": [
+                    shown.share(count / found.spec.parameters) for count in found.parts.values()
+                ],
             },
             hide_index=True,
             column_config={
@@ -149,7 +156,7 @@ def draw_size(found: Outcome) -> None:
                 for name in ("Parameters", "Share")
             },
             alt="Parameters by part",
-        )  # fmt: skip
+        )
         spec = found.spec
         st.caption(
             f"{spec.layers} layers · width {spec.width:,} · {spec.heads} heads of "
@@ -174,8 +181,12 @@ def published() -> None:
             "Size": list(shapes.PUBLISHED),
             "Published": [shown.parameters(one.parameters) for one in shapes.PUBLISHED.values()],
             "Exact": [f"{PRESETS[name].parameters:,}" for name in shapes.PUBLISHED],
-            "": ["heads × width of a head ≠ width" if any("heads of" in said
-                 for said in shapes.quirks(name)) else "" for name in shapes.PUBLISHED],
+            "": [
+                "heads × width of a head ≠ width"
+                if any("heads of" in said for said in shapes.quirks(name))
+                else ""
+                for name in shapes.PUBLISHED
+            ],
         },
         hide_index=True,
         height=260,
@@ -184,7 +195,7 @@ def published() -> None:
             for name in ("Published", "Exact")
         },
         alt="Published and exact numbers of parameters",
-    )  # fmt: skip
+    )
 
 
 def draw_memory(found: Outcome) -> None:
@@ -205,10 +216,12 @@ def draw_memory(found: Outcome) -> None:
         errors.show(found.memory_problem or "")
         return
     with st.container(border=True):
-        st.markdown(f"**The fullest of {one.split.devices:,} "
-                    f"{'device' if one.split.devices == 1 else 'devices'}**")  # fmt: skip
+        st.markdown(
+            f"**The fullest of {one.split.devices:,} "
+            f"{'device' if one.split.devices == 1 else 'devices'}**"
+        )
         chart(plan_charts.memory_bar(found.memory, found.usable_bytes), key="bar")
-    left, right = st.columns(2, gap="medium")
+    left, right = st.columns([2, 3], gap="medium")
     with left, st.container(border=True):
         st.markdown("**As the context grows**")
         longest = found.spec.context
@@ -225,8 +238,8 @@ def draw_memory(found: Outcome) -> None:
         held = memory.stages(found.spec, one.precision, one.split)
         chart(plan_charts.split_picture(held, one.tensor, one.data), key="split")
         st.caption(
-            "Across: stages of the pipeline, which pass activations on. Down: slices of every "
-            "layer (tensor parallel), which talk twice a layer. The bytes are weights."
+            "Across: stages of the pipeline by their layers, which pass activations on. Down: "
+            "slices of every layer (tensor parallel), which talk twice a layer. GB of weights."
         )
 
 
@@ -291,21 +304,46 @@ def draw_training(found: Outcome) -> None:
                 f"{claim.text}: {claim.years:.0f} years",
                 key=f"claim {index}",
                 on_click=plan_state.put,
-                kwargs={"tflop_per_s": claim.flop_per_s / 1e12},
+                kwargs={
+                    "model": "gpt3-175b",
+                    "tokens": training.GPT3_TOKENS,
+                    "count": "6nd",
+                    "tflop_per_s": claim.flop_per_s / 1e12,
+                },
                 help=shown.escaped(f"Source: {claim.source}."),
             )
     ask("tflop_per_s", most=100.0, step=0.5)
     with st.grid(5, min_column_width=150, gap="small"):
-        st.metric("Operations", f"{made.flop:.3g} FLOP", border=True,
-                  help="6 × parameters × tokens, or the exact form.")  # fmt: skip
-        st.metric("One device", f"{shown.number(made.device_years)} years", border=True)
-        st.metric(f"{one.devices:,} devices", shown.duration(made.seconds), border=True)
-        st.metric("Cost", f"${shown.whole(made.cost_usd)}", border=True,
-                  help="Device-hours × price; nothing else is counted.")  # fmt: skip
-        st.metric("Energy · carbon", f"{shown.number(made.energy_kwh / 1000)} MWh",
-                  delta=f"{shown.number(made.carbon_kg / 1000)} t CO2e", delta_color="off",
-                  delta_arrow="off", border=True,
-                  help="An estimate: device-hours × power × PUE × carbon.")  # fmt: skip
+        st.metric(
+            "Operations",
+            f"{made.flop:.3g} FLOP",
+            border=True,
+            height="stretch",
+            help="6 × parameters × tokens, or the exact form.",
+        )
+        st.metric(
+            "One device", f"{shown.number(made.device_years)} years", border=True, height="stretch"
+        )
+        st.metric(
+            f"{one.devices:,} devices", shown.duration(made.seconds), border=True, height="stretch"
+        )
+        st.metric(
+            "Cost",
+            f"${shown.whole(made.cost_usd)}",
+            border=True,
+            height="stretch",
+            help="Device-hours × price; nothing else is counted.",
+        )
+        st.metric(
+            "Energy · carbon",
+            f"{shown.number(made.energy_kwh / 1000)} MWh",
+            delta=f"{shown.number(made.carbon_kg / 1000)} t CO2e",
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+            height="stretch",
+            help="An estimate: device-hours × power × PUE × carbon.",
+        )
     with (
         st.expander("Assumptions", icon=":material/tune:"),
         st.grid(4, min_column_width=190, gap="small"),
@@ -349,23 +387,39 @@ def draw_speed(found: Outcome) -> None:
         )
     else:
         first = speed.step(
-            found.spec, one.precision, found.device,
-            tokens=min(one.prompt_tokens, memory.PREFILL_TOKENS), known=0,
-        )  # fmt: skip
+            found.spec,
+            one.precision,
+            found.device,
+            tokens=min(one.prompt_tokens, memory.PREFILL_TOKENS),
+            known=0,
+        )
         with st.grid(4, min_column_width=170, gap="small"):
-            st.metric("Decode", shown.rate(1 / found.decode.seconds), border=True,
-                      delta=f"{shown.duration(found.decode.seconds)} a token", delta_color="off",
-                      delta_arrow="off")  # fmt: skip
-            st.metric("Prefill", shown.rate(one.prompt_tokens / found.prefill_s), border=True,
-                      delta=f"{shown.duration(found.prefill_s)} in all", delta_color="off",
-                      delta_arrow="off")  # fmt: skip
+            st.metric(
+                "Decode",
+                shown.rate(1 / found.decode.seconds),
+                border=True,
+                height="stretch",
+                delta=f"{shown.duration(found.decode.seconds)} a token",
+                delta_color="off",
+                delta_arrow="off",
+            )
+            st.metric(
+                "Prefill",
+                shown.rate(one.prompt_tokens / found.prefill_s),
+                border=True,
+                height="stretch",
+                delta=f"{shown.duration(found.prefill_s)} in all",
+                delta_color="off",
+                delta_arrow="off",
+            )
             st.metric(
                 "Decode is bound by",
                 found.decode.bound,
                 border=True,
+                height="stretch",
                 help="What takes most of a step: arithmetic, reading, or launching.",
             )
-            st.metric("Prefill is bound by", first.bound, border=True)
+            st.metric("Prefill is bound by", first.bound, border=True, height="stretch")
         left, right = st.columns(2, gap="medium")
         with left, st.container(border=True):
             st.markdown("**Roofline**, one mark an operation")
@@ -467,12 +521,14 @@ def machine() -> None:
             },
             hide_index=True,
             column_config={
-                **{name: st.column_config.NumberColumn(name, format="%.3g")
-                   for name in ("Predicted, ms", "Measured, ms")},
+                **{
+                    name: st.column_config.NumberColumn(name, format="%.3g")
+                    for name in ("Predicted, ms", "Measured, ms")
+                },
                 "Residual": st.column_config.TextColumn("Residual", alignment="right"),
             },
             alt="Predicted and measured seconds a token",
-        )  # fmt: skip
+        )
     extrapolated(found)
 
 
@@ -499,10 +555,12 @@ def extrapolated(found: speed.Accuracy) -> None:
                 "to": [1 / (seconds * found.low) if banded else None for _, seconds in rows],
             },
             hide_index=True,
-            column_config={name: st.column_config.NumberColumn(name, format="%.3g")
-                           for name in ("tokens/s", "from", "to")},
+            column_config={
+                name: st.column_config.NumberColumn(name, format="%.3g")
+                for name in ("tokens/s", "from", "to")
+            },
             alt="Predicted tokens a second of every size",
-        )  # fmt: skip
+        )
         st.caption("As if the memory were there. The band is from leaving one set-up out.")
 
 
@@ -524,34 +582,51 @@ def draw_capacity(found: Outcome) -> None:
             ask("memory_ratio")
     one, made = found.assumptions, found.capacity
     if made is None or found.device is None:
-        errors.show(found.memory_problem
-                    or "This machine is not measured yet: see Speed.")  # fmt: skip
+        errors.show(found.memory_problem or "This machine is not measured yet: see Speed.")
         return
     if made.replica is None:
         errors.show(made.problem or "", icon=":material/info:")
         return
     with st.grid(4, min_column_width=180, gap="small"):
-        st.metric("Replicas", shown.whole(made.replicas), border=True,
-                  delta=f"{shown.whole(made.devices)} devices", delta_color="off",
-                  delta_arrow="off")  # fmt: skip
-        st.metric("Texts at once, each", shown.whole(made.replica.batch), border=True,
-                  delta=f"TTFT {shown.duration(made.replica.ttft_s)}, "
-                  f"TPOT {shown.duration(made.replica.tpot_s)}",
-                  delta_color="off", delta_arrow="off")  # fmt: skip
+        st.metric(
+            "Replicas",
+            shown.whole(made.replicas),
+            border=True,
+            height="stretch",
+            delta=f"{shown.whole(made.devices)} device{'s' if made.devices > 1 else ''}",
+            delta_color="off",
+            delta_arrow="off",
+        )
+        st.metric(
+            "Texts at once, each",
+            shown.whole(made.replica.batch),
+            border=True,
+            height="stretch",
+            delta=f"TTFT {shown.duration(made.replica.ttft_s)}, "
+            f"TPOT {shown.duration(made.replica.tpot_s)}",
+            delta_color="off",
+            delta_arrow="off",
+        )
         st.metric(
             "A million tokens",
             f"${shown.number(made.usd_per_million_tokens)}",
             border=True,
+            height="stretch",
             delta=f"${shown.number(made.usd_per_hour)} an hour",
             delta_color="off",
             delta_arrow="off",
             help="Tokens of answers; their prompts come with them.",
         )
-        st.metric("Energy · carbon, a million",
-                  f"{shown.number(made.kwh_per_million_tokens)} kWh", border=True,
-                  delta=f"{shown.number(made.carbon_kg_per_million_tokens)} kg CO2e",
-                  delta_color="off", delta_arrow="off",
-                  help="An estimate from power, PUE and the electricity's carbon.")  # fmt: skip
+        st.metric(
+            "Energy · carbon, a million",
+            f"{shown.number(made.kwh_per_million_tokens)} kWh",
+            border=True,
+            height="stretch",
+            delta=f"{shown.number(made.carbon_kg_per_million_tokens)} kg CO2e",
+            delta_color="off",
+            delta_arrow="off",
+            help="An estimate from power, PUE and the electricity's carbon.",
+        )
     sizes = sorted({2**power for power in range(11)} | {made.replica.batch})
     replicas = [
         replica_at(
