@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,16 @@ if str(ROOT) not in sys.path:
 
 import plotly
 import streamlit as st
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from streamlit.runtime import Runtime
 
 from gptcore.lab import Lab
-from gptcore.serve import LOOPBACK, host_name, routes
+from gptcore.serve import Guard, allowed_hosts, routes
 from pages.parts import services
 
 PRUNE_EVERY_S = 1.0
@@ -54,48 +52,6 @@ HEADERS: Mapping[str, str] = {
 }
 
 log = logging.getLogger(__name__)
-
-
-def allowed_hosts() -> frozenset[str]:
-    """Return the names in a Host header that are answered: the loopback's, and what was added."""
-    more = os.environ.get("GPTLAB_ALLOWED_HOSTS", "").split(",")
-    return LOOPBACK | {name.strip().lower() for name in more if name.strip()}
-
-
-class Guard:
-    """Refuses a Host that is not expected (DNS rebinding), and adds security headers.
-
-    Args:
-        app: what to guard.
-        hosts: names that are expected, in lower case; ``*`` is any.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
-        self._app = app
-        self._hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or one web socket."""
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-        elif "*" in self._hosts or host_name(Headers(scope=scope).get("host", "")) in self._hosts:
-            await self._app(scope, receive, send_guarded)
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            refusal = PlainTextResponse(
-                "This host name is not expected here: add it to GPTLAB_ALLOWED_HOSTS.\n", 421
-            )
-            await refusal(scope, receive, send_guarded)
 
 
 class Machine:
@@ -159,7 +115,7 @@ app = st.App(
         Route("/metrics", Machine(), methods=["GET"]),
         Route("/gptlab/{name}", asset, methods=["GET"]),
     ],
-    middleware=[Middleware(Guard, hosts=allowed_hosts())],
+    middleware=[Middleware(Guard, hosts=allowed_hosts(), headers=HEADERS)],
 )
 
 if __name__ == "__main__":

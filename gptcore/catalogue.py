@@ -132,7 +132,7 @@ class Catalogue:
         Raises:
             UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
         """
-        if paths and (path := as_path(name)):
+        if paths and not self._is_installed(name) and (path := as_path(name)):
             checkpoint = weights.describe(path)
             return checkpoint.spec, checkpoint.weights_id
         entry = self.entry(name)
@@ -150,13 +150,15 @@ class Catalogue:
         Raises:
             UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
         """
-        installed = NAME.fullmatch(name) and self._folder_of(name).is_dir()
-        if not installed and (path := as_path(name)):
+        if not self._is_installed(name) and (path := as_path(name)):
             return weights.describe(path, progress)
         entry = self.entry(name)
         if entry.path is None:
             raise UnknownModel(f"{name} is a shape without weights on disk.")
         return weights.describe(self._source_of(name), progress)
+
+    def _is_installed(self, name: str) -> bool:
+        return bool(NAME.fullmatch(name)) and self._folder_of(name).is_dir()
 
     def add(self, source: str | Path, name: str | None, progress: Progress) -> str:
         """Bring a folder, a GGUF file or a hub name into the catalogue; return its name.

@@ -115,6 +115,8 @@ class Lab:
         self.metrics = Metrics()
         self._store = store
         self._store_problem = store_problem
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        """Where the database lies that stands in for one that cannot be used."""
         self._lock = threading.Lock()
         self._hosts: dict[str, HostClient] = {}
         self._live: OrderedDict[str, LiveRun] = OrderedDict()
@@ -139,14 +141,15 @@ class Lab:
             database_url: an SQLAlchemy URL; ``GPTLAB_DATABASE_URL`` if not given.
             monitor: whether to watch the machine once a second.
         """
-        problem = None
+        problem = folder = None
         try:
             store = open_store(database_url)
         except StoreError as error:
             problem = f"{error} Until then nothing is kept beyond this start of the program."
-            folder = tempfile.mkdtemp(prefix="gptlab-")
-            store = open_store(f"sqlite:///{folder}/lab.db")
+            folder = tempfile.TemporaryDirectory(prefix="gptlab-")
+            store = open_store(f"sqlite:///{folder.name}/lab.db")
         lab = cls(store, Catalogue(models_dir()), store_problem=problem)
+        lab._temporary = folder
         store.interrupt_orphans(owner_lives)
         if monitor:
             lab.monitor.start()
@@ -158,6 +161,8 @@ class Lab:
             host.close()
         self.monitor.stop()
         self._store.close()
+        if self._temporary:
+            self._temporary.cleanup()
 
     def __enter__(self) -> Lab:
         return self

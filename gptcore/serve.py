@@ -7,7 +7,7 @@ through somebody's browser (DNS rebinding), so the Host header must be one that 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -39,9 +39,6 @@ def routes(lab: Lab, hosts: Collection[str] | None = None) -> list[Route]:
         hosts: names in a Host header that are answered, ``*`` for any. If not given: those of
             ``GPTLAB_ALLOWED_HOSTS`` (comma-separated) beside the loopback's.
     """
-    if hosts is None:
-        more = os.environ.get("GPTLAB_ALLOWED_HOSTS", "").split(",")
-        hosts = LOOPBACK | {name.strip().lower() for name in more if name.strip()}
 
     # Plain functions: Starlette runs them in a thread, and a slow database holds up nobody else.
     def healthz(request: Request) -> Response:
@@ -59,7 +56,7 @@ def routes(lab: Lab, hosts: Collection[str] | None = None) -> list[Route]:
     def metrics(request: Request) -> Response:
         return Response(lab.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    guard = [Middleware(Guard, hosts=hosts)]
+    guard = [Middleware(Guard, hosts=allowed_hosts() if hosts is None else hosts)]
     return [
         Route("/healthz", healthz, methods=["GET"], middleware=guard),
         Route("/metrics", metrics, methods=["GET"], middleware=guard),
@@ -67,33 +64,49 @@ def routes(lab: Lab, hosts: Collection[str] | None = None) -> list[Route]:
 
 
 class Guard:
-    """Refuses a Host that is not expected, and adds security headers to every answer.
+    """Refuses a Host that is not expected (DNS rebinding), and adds security headers to answers.
 
     Args:
         app: what to guard.
         hosts: names that are expected, in lower case; ``*`` is any.
+        headers: to add where the answer has none of that name.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: Collection[str], headers: Mapping[str, str] = HEADERS
+    ) -> None:
         self._app = app
         self._hosts = hosts
+        self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request, or one web socket."""
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                for name, value in self._headers.items():
+                    headers.setdefault(name, value)
             await send(message)
 
-        name = host_name(Headers(scope=scope).get("host", ""))
-        if "*" in self._hosts or name in self._hosts:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+        elif "*" in self._hosts or host_name(Headers(scope=scope).get("host", "")) in self._hosts:
             await self._app(scope, receive, send_guarded)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
         else:
             refusal = PlainTextResponse(
                 "This host name is not expected here: add it to GPTLAB_ALLOWED_HOSTS.\n", 421
             )
             await refusal(scope, receive, send_guarded)
+
+
+def allowed_hosts() -> frozenset[str]:
+    """Return the names in a Host header that are answered: the loopback's, and what was added."""
+    more = os.environ.get("GPTLAB_ALLOWED_HOSTS", "").split(",")
+    return LOOPBACK | {name.strip().lower() for name in more if name.strip()}
 
 
 def host_name(header: str) -> str:

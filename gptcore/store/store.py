@@ -156,6 +156,7 @@ class Store:
         *,
         kind: str | None = None,
         state: str | None = None,
+        model: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         search: str = "",
@@ -167,6 +168,7 @@ class Store:
         Args:
             kind: only this RunKind.
             state: only this RunState.
+            model: only this catalogue name.
             since: only runs created then or later.
             until: only runs created before.
             search: only runs whose text, prompt (its first 2,000 characters), model, error or id
@@ -180,6 +182,8 @@ class Store:
             query = query.where(table.c.kind == str(kind))
         if state is not None:
             query = query.where(table.c.state == str(state))
+        if model is not None:
+            query = query.where(table.c.model == model)
         if since is not None:
             query = query.where(table.c.created_at >= rows.seconds_of(since))
         if until is not None:

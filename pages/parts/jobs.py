@@ -29,10 +29,8 @@ def watched_job(lab: Lab) -> str | None:
 
 
 def is_busy(lab: Lab) -> bool:
-    """Return whether a job goes on, so that a second one must wait."""
-    run_id = watched_job(lab)
-    found = lab.snapshot(run_id) if run_id else None
-    return found is not None and not found.run.state.final
+    """Return whether a job goes on, in any tab, so that a second one must wait."""
+    return bool(lab.runs(kind=RunKind.PULL, state=RunState.RUNNING, limit=1))
 
 
 def job_progress(lab: Lab) -> None:

@@ -79,8 +79,8 @@ def prompt_of(run: Run) -> str:
 
 def filtered(lab: Lab, state: str | None, model: str | None, text: str) -> tuple[Run, ...]:
     """Return the generations that match, newest first."""
-    found = lab.runs(kind=RunKind.GENERATE, state=state, search=text.strip()[:200], limit=MOST)
-    return tuple(run for run in found if model in (None, run.model))
+    search = text.strip()[:200]
+    return lab.runs(kind=RunKind.GENERATE, state=state, model=model, search=search, limit=MOST)
 
 
 def opened_request(lab: Lab, run: Run, zone: tzinfo) -> None:
