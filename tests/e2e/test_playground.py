@@ -360,10 +360,19 @@ def test_a_host_killed_in_mid_stream_is_said_and_the_next_request_works(
 
 
 def test_a_closed_tab_ends_its_text_and_a_reload_in_time_does_not(own_server: Server, visit: Visit):
-    page = open_playground(own_server, visit, model=STEADY, max_new_tokens=4000)
-    begin(page)
-    run = run_of(page)
-    page.close()
+    kept = open_playground(own_server, visit, model=STEADY, max_new_tokens=4000)
+    begin(kept)
+    run = run_of(kept)
+    kept.reload()  # its browser session is gone, and another one looks at the run
+    expect(tokens(kept).nth(5)).to_be_attached()
+    kept.wait_for_timeout(20_000)
+    assert own_server.run(run)["state"] in ("running", "done")
+    kept.get_by_role("button", name="Stop").click()
+    ended(kept)
+    left = open_playground(own_server, visit, model=STEADY, max_new_tokens=4000)
+    begin(left)
+    run = run_of(left)
+    left.close()
     until(lambda: own_server.run(run)["state"] == "cancelled", 40)
     assert own_server.run(run)["text"]
 
