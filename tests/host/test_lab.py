@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from gptcore.errors import ContextOverflow, DeviceBusy, DoesNotFit, InvalidInput, UnknownModel
@@ -153,10 +154,15 @@ def running(pid: int) -> bool:
 
 
 def test_unloading_frees_the_memory(lab: Lab) -> None:
-    lab.wait(lab.generate(lab.variant("tiny"), SHORT), 30)
+    variant = lab.variant("gpt2")
+    lab.wait(lab.generate(variant, SHORT), 60)
     until(lambda: bool(lab.loaded()))
+    host = psutil.Process(lab._hosts["cpu"].pid)
+    full = host.memory_info().rss
     lab.unload("cpu")
     until(lambda: not lab.loaded())
+    weights = variant.spec.weights_bytes("fp32")
+    until(lambda: host.memory_info().rss < full - 0.9 * weights)
 
 
 def test_a_generation_nobody_looks_at_is_cancelled_and_a_reload_in_time_keeps_it(
