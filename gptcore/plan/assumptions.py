@@ -107,8 +107,12 @@ class Assumptions(BaseModel):
         title="Training tokens",
         json_schema_extra=_said("Brown et al. 2020, table 2.1", "tokens"),
     )
-    count: Literal["6nd", "exact"] = Field(
-        "6nd", title="FLOPs counted", description="6 N D, or linear layers and attention."
+    count: Literal["published", "6nd", "exact"] = Field(
+        "published",
+        title="FLOPs counted",
+        description="As GPT-3's paper has them, and for other models 6 N D; 6 N D; or linear "
+        "layers and attention.",
+        json_schema_extra=_said("Brown et al. 2020, table D.1"),
     )
     tflop_per_s: float = Field(
         28.0,
@@ -203,18 +207,21 @@ class Assumptions(BaseModel):
         """How the model lies on devices."""
         return Split(self.tensor, self.pipeline, self.data, self.zero)
 
-    def spec(self, known: Mapping[str, ModelSpec] | None = None) -> ModelSpec:
+    def spec(
+        self, known: Mapping[str, ModelSpec] | None = None, *, paths: bool = False
+    ) -> ModelSpec:
         """Return the shape that is planned for.
 
         Args:
             known: shapes by name beside the presets, such as the installed models.
+            paths: whether the model may be a file.
 
         Raises:
             UnknownModel, InvalidSpec, InvalidInput: with the way out.
         """
         if self.model == FREE:
             return free(self.layers, self.width, self.heads, self.window, self.vocabulary)
-        return shape(self.model, known=known)
+        return shape(self.model, known=known, paths=paths)
 
     def chosen_card(self, machine: Card) -> Card:
         """Return the card, or the one of one's own numbers, or ``machine``."""

@@ -13,6 +13,8 @@ from types import MappingProxyType
 from gptcore.errors import InvalidInput
 
 G, T = 10**9, 10**12
+FP32_IN_BF16 = 6
+"""Multiplications in bf16 that a TPU's highest precision takes for one in fp32 (XLA)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,18 @@ class Card:
     def rate(self, precision: str) -> float:
         """Return FLOP/s that a matrix multiplication in ``precision`` can reach at most.
 
-        Weights of 8 or 4 bits are multiplied in 16 bits where the card has no such arithmetic, and
-        a card without bf16 computes it in fp32.
+        Weights of 8 or 4 bits are multiplied in 16 bits where the card has no such arithmetic. A
+        card without bf16 computes it in fp32; one without fp16 or fp32 (a TPU) takes bf16, six
+        times for each product in fp32.
         """
+        if precision == "fp32" and "fp32" not in self.flop_per_s:
+            return self.flop_per_s["bf16"] / FP32_IN_BF16
         chain = {
             "int4": ("int8", "bf16", "fp16", "fp32"),
             "int8": ("int8", "bf16", "fp16", "fp32"),
             "bf16": ("bf16", "fp32"),
-            "fp16": ("fp16", "fp32"),
-            "fp32": ("fp32", "bf16"),
+            "fp16": ("fp16", "bf16", "fp32"),
+            "fp32": ("fp32",),
         }[precision]
         return next(self.flop_per_s[one] for one in chain if one in self.flop_per_s)
 

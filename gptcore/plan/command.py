@@ -46,7 +46,7 @@ def plan(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         assumptions = make({**on_card(assumptions, assumptions.card).model_dump(), **given})
     if options.measure:
         measure_peaks()
-    found = outcome(assumptions, known_specs())
+    found = outcome(assumptions, known_specs(), paths=True)
     if not options.json:
         for line in lines(found):
             say(line)

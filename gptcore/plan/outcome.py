@@ -185,6 +185,7 @@ def outcome(
     known: Mapping[str, ModelSpec] | None = None,
     *,
     peaks: MachinePeaks | None = None,
+    paths: bool = False,
 ) -> Outcome:
     """Return the plan of these assumptions.
 
@@ -192,12 +193,13 @@ def outcome(
         assumptions: everything a person set.
         known: shapes by name beside the presets.
         peaks: this machine's; read from where they are kept, if not given.
+        paths: whether the model may be the path of a config.json.
 
     Raises:
         UnknownModel, InvalidSpec, InvalidInput: the shape cannot be had.
     """
     one = assumptions
-    spec = one.spec(known)
+    spec = one.spec(known, paths=paths)
     peaks = peaks or known_peaks()
     card = one.chosen_card(fits.machine_card(peaks))
     here = card.kind == "machine"
@@ -275,10 +277,20 @@ def needed(one: Assumptions, spec: ModelSpec, context: int, here: bool = False) 
     )
 
 
+def operations(one: Assumptions, counted: training.Flop) -> float:
+    """Return the FLOPs by the count that was chosen."""
+    if one.count == "exact":
+        return counted.exact
+    published = training.PUBLISHED_FLOP.get(one.model) if one.count == "published" else None
+    if published is None:
+        return counted.six_nd
+    return published * one.tokens / training.GPT3_TOKENS
+
+
 def cost_of(one: Assumptions, counted: training.Flop) -> training.Training:
     """Return what training costs."""
     return training.cost(
-        counted.six_nd if one.count == "6nd" else counted.exact,
+        operations(one, counted),
         one.tokens,
         flop_per_s=one.tflop_per_s * 1e12,
         devices=one.devices,

@@ -69,12 +69,15 @@ def quirks(name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def shape(model: str, *, known: Mapping[str, ModelSpec] | None = None) -> ModelSpec:
+def shape(
+    model: str, *, known: Mapping[str, ModelSpec] | None = None, paths: bool = False
+) -> ModelSpec:
     """Return the shape of a preset, of a model that the caller knows, or of a config.json.
 
     Args:
         model: a name; or the path of a Hugging Face config.json or of the folder that holds one.
         known: more names, such as the installed models.
+        paths: whether files may be read; a name in an address comes from anybody.
 
     Raises:
         UnknownModel: there is no such name or file.
@@ -86,7 +89,7 @@ def shape(model: str, *, known: Mapping[str, ModelSpec] | None = None) -> ModelS
     try:
         path = Path(model).expanduser()
         file = path / "config.json" if path.is_dir() else path
-        there = model.strip() != "" and file.is_file()
+        there = paths and model.strip() != "" and file.is_file()
     except (OSError, ValueError, RuntimeError):
         there = False
     if not there:

@@ -126,6 +126,17 @@ class Claim:
 
 GPT3_FLOP = 3.14e23
 """Brown et al. 2020, table D.1: 3,640 petaflop/s-days."""
+PUBLISHED_FLOP = {
+    "gpt3-125m": 2.25e20,
+    "gpt3-350m": 6.41e20,
+    "gpt3-760m": 1.37e21,
+    "gpt3-1.3b": 2.38e21,
+    "gpt3-2.7b": 4.77e21,
+    "gpt3-6.7b": 1.20e22,
+    "gpt3-13b": 2.31e22,
+    "gpt3-175b": GPT3_FLOP,
+}
+"""Brown et al. 2020, table D.1: total training compute of each size on 300 billion tokens."""
 CLAIMS = (
     Claim("V100 at 28 TFLOP/s", 28e12, 355, "Li, OpenAI's GPT-3 language model, Lambda, 2020-06"),
     Claim("RTX 8000 at 15 TFLOP/s", 15e12, 665, "Li, Lambda, 2020-06"),

@@ -235,8 +235,7 @@ def fit_matrix(cells: Sequence[Cell], contexts: Sequence[int], chosen: str) -> g
         for name in names:
             row = [by_place.get((context, name, one)) for one in precisions]
             z.append([None if one is None else float(one.fits) for one in row])
-            texts.append(["" if one is None else f"{one.needed_bytes / 1e9:.{0 if one.needed_bytes >= 9.95e9 else 1}f}"
-                          for one in row])  # fmt: skip
+            texts.append(["" if one is None else _short(one.needed_bytes / 1e9) for one in row])
             hovers.append([
                 "" if one is None else f"{name} in {one.precision}, {context:,} tokens<br>"
                 f"{one.needed_bytes / 1e9:,.2f} GB of {one.usable_bytes / 1e9:,.1f} GB usable: "
@@ -503,6 +502,11 @@ def batches(replicas: Sequence[Replica], tpot_s: float, room: int, chosen: int |
     )
     figure.update_layout(height=300, showlegend=False, margin={"l": 8, "r": 16, "t": 24, "b": 8})
     return figure
+
+
+def _short(gigabytes: float) -> str:
+    """Return gigabytes for a narrow cell: ``0.6``, ``14``."""
+    return f"{gigabytes:.0f}" if gigabytes >= 9.95 else f"{gigabytes:.1f}"
 
 
 def _doublings(figure: go.Figure, values: Sequence[int]) -> None:

@@ -307,7 +307,7 @@ def draw_training(found: Outcome) -> None:
                 kwargs={
                     "model": "gpt3-175b",
                     "tokens": training.GPT3_TOKENS,
-                    "count": "6nd",
+                    "count": "published",
                     "tflop_per_s": claim.flop_per_s / 1e12,
                 },
                 help=shown.escaped(f"Source: {claim.source}."),
@@ -319,7 +319,7 @@ def draw_training(found: Outcome) -> None:
             f"{made.flop:.3g} FLOP",
             border=True,
             height="stretch",
-            help="6 × parameters × tokens, or the exact form.",
+            help="As published (GPT-3's sizes), 6 × parameters × tokens, or the exact form.",
         )
         st.metric(
             "One device", f"{shown.number(made.device_years)} years", border=True, height="stretch"
@@ -349,7 +349,7 @@ def draw_training(found: Outcome) -> None:
         st.grid(4, min_column_width=190, gap="small"),
     ):
         ask("tokens", step=1e9)
-        ask("count", shown=lambda name: {"6nd": "6 N D", "exact": "Exact"}[name])
+        ask("count", shown=lambda name: {"6nd": "6 N D"}.get(name, name.capitalize()))
         for name in ("devices", "usd_per_hour", "watts", "pue", "carbon_g_per_kwh"):
             ask(name)
     left, right = st.columns(2, gap="medium")

@@ -77,14 +77,17 @@ def test_the_formula_is_written_with_its_numbers() -> None:
 def test_a_shape_comes_from_a_name_a_file_or_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     expected = from_config(json.dumps(QWEN3))
-    assert shape(str(tmp_path)) == shape(str(tmp_path / "config.json")) == expected
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert shape(str(path), paths=True) == expected
+        with pytest.raises(UnknownModel):
+            shape(str(path))
     assert shape("mine", known={"mine": expected}) == expected
 
 
 @pytest.mark.parametrize("name", ["", "gpt9", "a\x00b", "x" * 5000, "/", "~nobody/x"])
 def test_an_unknown_name_is_refused_in_a_sentence(name: str) -> None:
     with pytest.raises(UnknownModel, match="There is no model or config"):
-        shape(name)
+        shape(name, paths=True)
 
 
 @pytest.mark.parametrize(
