@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gptcore.device import cpu_name, torch_version
@@ -19,9 +20,12 @@ from gptcore.recipe import Recipe, place
 from gptcore.spec import ModelSpec, gpt
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from gptcore.model import GPT
 
-WIDTH, HIDDEN, LAYERS = 1024, 12288, 4
+WIDTH, HIDDEN, LAYERS = 1024, 4096, 12
 TOKENS = 128
 KNOWN = 2048
 REPETITIONS = 7
@@ -102,13 +106,13 @@ def rates_of(precision: str, device: str, threads: int) -> dict[str, float]:
     wide = gpt(LAYERS, WIDTH, 16, context=8, vocabulary=64)
     wide = wide.model_copy(update={"hidden": HIDDEN})
     with torch.inference_mode():
-        layers = [one for name, one in built(wide).blocks.named_modules() if name.endswith("up")]
-        held = sum(_bytes(one) for one in layers)
-
-        one = torch.ones(1, 1, WIDTH, dtype=dtype, device=device)
-        many = torch.ones(1, TOKENS, WIDTH, dtype=dtype, device=device)
-        read_s = best(lambda: [layer(one) for layer in layers], device)
-        work_s = best(lambda: [layer(many) for layer in layers], device)
+        named = list(built(wide).blocks.named_modules())
+        ups = [one for name, one in named if name.endswith(".up")]
+        downs = [one for name, one in named if name.endswith(".down")]
+        held = sum(_bytes(one) for one in (*ups, *downs))
+        read_s = best(partial(through, ups, downs, 1, dtype, device), device)
+        work_s = best(partial(through, ups, downs, TOKENS, dtype, device), device)
+        del named, ups, downs
         keys = torch.ones(4, 16, KNOWN, 64, dtype=dtype, device=device)
         query = torch.ones(4, 16, 1, 64, dtype=dtype, device=device)
         look_s = best(lambda: F.scaled_dot_product_attention(query, keys, keys.clone()), device)
@@ -119,12 +123,27 @@ def rates_of(precision: str, device: str, threads: int) -> dict[str, float]:
         )
         block_s = overhead_s(built, device)
     return {
-        "flop_per_s": 2 * LAYERS * WIDTH * HIDDEN * TOKENS / work_s,
+        "flop_per_s": 4 * LAYERS * WIDTH * HIDDEN * TOKENS / work_s,
         "bytes_per_s": held / read_s,
         "attention_flop_per_s": 2 * 16 * 512 * 512 * 64 / attend_s,
         "attention_bytes_per_s": 2 * keys.nbytes / max(look_s, 1e-6),
         "block_s": block_s,
     }
+
+
+def through(
+    ups: Sequence[nn.Module],
+    downs: Sequence[nn.Module],
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Send so many positions through each pair of layers."""
+    import torch
+
+    x = torch.ones(1, tokens, WIDTH, dtype=dtype, device=device)
+    for up, down in zip(ups, downs, strict=True):
+        down(up(x))
 
 
 def overhead_s(built: Callable[[ModelSpec], GPT], device: str) -> float:

@@ -113,6 +113,7 @@ def memory_bar(memory: Memory, usable: int) -> go.Figure:
         line={"width": 1.5, "dash": "dash", "color": GREY},
         annotation_text=f"usable {shown.size(usable)}",
         annotation_position="top right" if 2 * usable < memory.total else "top left",
+        annotation_yanchor="bottom",
         annotation_font_size=12,
     )
     figure.update_xaxes(title_text="on one device, GiB", rangemode="tozero")

@@ -176,17 +176,12 @@ def draw_size(found: Outcome) -> None:
 def published() -> None:
     """Draw what the papers say of each size beside what it really has."""
     st.markdown("**As published, and exactly**")
+    odd = {name for name in shapes.PUBLISHED if any("heads of" in q for q in shapes.quirks(name))}
     st.dataframe(
         {
-            "Size": list(shapes.PUBLISHED),
+            "Size": [f"{name} *" if name in odd else name for name in shapes.PUBLISHED],
             "Published": [shown.parameters(one.parameters) for one in shapes.PUBLISHED.values()],
             "Exact": [f"{PRESETS[name].parameters:,}" for name in shapes.PUBLISHED],
-            "": [
-                "heads × width of a head ≠ width"
-                if any("heads of" in said for said in shapes.quirks(name))
-                else ""
-                for name in shapes.PUBLISHED
-            ],
         },
         hide_index=True,
         height=260,
@@ -196,6 +191,7 @@ def published() -> None:
         },
         alt="Published and exact numbers of parameters",
     )
+    st.caption("* Heads × width of a head is not the width; choose the size to read more.")
 
 
 def draw_memory(found: Outcome) -> None:
