@@ -18,6 +18,8 @@ FILES = {
     "A laboratory for GPT models": "",
     "Playground": "lab/playground.py",
     "Models": "lab/models.py",
+    "Plan": "plan/plan.py",
+    "Plan": "plan/plan.py",
     "Live": "operate/live.py",
 }
 
