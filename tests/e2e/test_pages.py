@@ -14,6 +14,7 @@ PAGES = {
     "": re.compile("laboratory", re.I),
     "playground": re.compile("playground", re.I),
     "models": re.compile("models", re.I),
+    "plan": re.compile("plan", re.I),
     "live": re.compile("live", re.I),
 }
 
