@@ -23,6 +23,7 @@ from pages.parts.services import lab as shared_lab
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from streamlit.delta_generator import DeltaGenerator
 
 lab = shared_lab()
 VIEWS = ("Size", "Memory", "Fit", "Training", "Speed", "Capacity")
@@ -32,6 +33,12 @@ COMPARED_RUNS = 2000
 def chart(figure: go.Figure, key: str) -> None:
     """Draw a figure in its card."""
     st.plotly_chart(figure, key=key, config={"displayModeBar": False})
+
+
+def halves() -> tuple[DeltaGenerator, DeltaGenerator]:
+    """Return two places side by side, one under the other where there is no room."""
+    grid = st.grid(2, min_column_width=380, gap="small")
+    return grid.container(), grid.container()
 
 
 def header() -> str:
@@ -139,7 +146,7 @@ def numbers(found: Outcome) -> None:
 def draw_size(found: Outcome) -> None:
     """Draw parameters by part."""
     st.caption(shown.escaped(shapes.formula(found.spec)))
-    left, right = st.columns([2, 3], gap="medium")
+    left, right = halves()
     with left, st.container(border=True):
         st.markdown("**By part**")
         st.dataframe(
@@ -191,7 +198,7 @@ def published() -> None:
         },
         alt="Published and exact numbers of parameters",
     )
-    st.caption("* Heads × width of a head is not the width; choose the size to read more.")
+    st.caption("\\* Heads × width of a head is not the width; choose the size to read more.")
 
 
 def draw_memory(found: Outcome) -> None:
@@ -217,7 +224,7 @@ def draw_memory(found: Outcome) -> None:
             f"{'device' if one.split.devices == 1 else 'devices'}**"
         )
         chart(plan_charts.memory_bar(found.memory, found.usable_bytes), key="bar")
-    left, right = st.columns([2, 3], gap="medium")
+    left, right = halves()
     with left, st.container(border=True):
         st.markdown("**As the context grows**")
         longest = found.spec.context
@@ -348,7 +355,7 @@ def draw_training(found: Outcome) -> None:
         ask("count", shown=lambda name: {"6nd": "6 N D"}.get(name, name.capitalize()))
         for name in ("devices", "usd_per_hour", "watts", "pue", "carbon_g_per_kwh"):
             ask(name)
-    left, right = st.columns(2, gap="medium")
+    left, right = halves()
     with left, st.container(border=True):
         st.markdown("**From one claim to the other**")
         chart(
@@ -416,7 +423,7 @@ def draw_speed(found: Outcome) -> None:
                 help="What takes most of a step: arithmetic, reading, or launching.",
             )
             st.metric("Prefill is bound by", first.bound, border=True, height="stretch")
-        left, right = st.columns(2, gap="medium")
+        left, right = halves()
         with left, st.container(border=True):
             st.markdown("**Roofline**, one mark an operation")
             chart(plan_charts.roofline(found.device.rates, first, found.decode), key="roof")
@@ -492,7 +499,7 @@ def machine() -> None:
             + (f" Runs left out: {left_out}." if left_out else "")
         )
         return
-    left, right = st.columns(2, gap="medium")
+    left, right = halves()
     with left, st.container(border=True):
         chart(plan_charts.against_measured(found), key="measured")
         wrong = shown.share(found.median_error)

@@ -19,7 +19,6 @@ FILES = {
     "Playground": "lab/playground.py",
     "Models": "lab/models.py",
     "Plan": "plan/plan.py",
-    "Plan": "plan/plan.py",
     "Live": "operate/live.py",
 }
 
