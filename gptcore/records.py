@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MAX_PROMPT_CHARS = 400_000
 MAX_STOPS = 16
 MAX_STOP_CHARS = 200
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**53 - 1
+"""The largest whole number that a browser, and every reader of JSON, holds exactly."""
 
 
 def now() -> datetime:

@@ -8,7 +8,7 @@ from typing import Any
 
 import streamlit as st
 
-from gptcore.records import MAX_SEED, Request
+from gptcore.records import Request
 from pages.parts.settings import bound, change, current, taken_from
 
 FRESH_SEED = "fresh_seed"
@@ -126,11 +126,10 @@ def _slider(name: str, step: float, format: str, lowest: float | None = None) ->
 
 def _number(name: str) -> None:
     least, most = _limits_of(name)
-    # A browser's numbers are exact up to 2⁵³; a larger seed from a link is shown, and kept.
     st.number_input(
         _title(name),
         min_value=least,
-        max_value=min(most, max(2**53 - 1, getattr(current(), name))) if most == MAX_SEED else most,
+        max_value=most,
         step=1,
         key=bound(name, getattr(current(), name), typed=True),
         on_change=taken_from,
