@@ -99,9 +99,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seed -1": ({"seed": -1}, "Seed is -1; the least is 0."),
     "seed 2**70": (
         {"seed": 2**70},
-        "Seed is 1180591620717411303424; the most is 9,223,372,036,854,775,807.",
+        f"Seed is 1180591620717411303424; the most is {MAX_SEED:,}.",
     ),
-    "seed 10**400": ({"seed": 10**400}, "the most is 9,223,372,036,854,775,807."),
+    "seed 10**400": ({"seed": 10**400}, f"the most is {MAX_SEED:,}."),
     "seed text": ({"seed": "x" * 10_000}, "it must be a whole number."),
     "limit 0": ({"max_new_tokens": 0}, "New tokens is 0; the least is 1."),
     "limit 10**9": ({"max_new_tokens": 10**9}, "New tokens is 1000000000; the most is 100,000."),

@@ -22,7 +22,7 @@ from gptcore.device import free_bytes, limit_spinning
 from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
 from gptcore.fit import fit
 from gptcore.host.lock import device_lock
-from gptcore.measure.memory import PeakMemory, weight_bytes
+from gptcore.measure.memory import PeakMemory, trim_heap, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
 from gptcore.passes.base import Coverage, PassContext
 from gptcore.recipe import Variant
@@ -194,7 +194,7 @@ class Worker:
             import torch
 
             torch.cuda.empty_cache()
-        _trim_heap()
+        trim_heap()
 
     def _lock(self, purpose: str, watcher: Watcher) -> AbstractContextManager[None]:
         return device_lock(
@@ -250,6 +250,7 @@ class Worker:
             watcher.on_phase(f"applying {one.title.lower()}", None)
             model = one.apply(model, context)
         model.eval()
+        trim_heap()
         resident_bytes, step_bytes = weight_bytes(model)
         return Loaded(
             variant=variant,
@@ -340,12 +341,3 @@ def _out_of_memory(error: Exception) -> bool:
     """Whether torch (which raises RuntimeError for it) or Python ran out of memory."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
-
-
-def _trim_heap() -> None:
-    """Give freed heap pages back to the system at once, where the C library can (glibc)."""
-    import ctypes
-
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)

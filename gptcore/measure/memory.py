@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 INTERVAL_S = 0.01
+
+
+def trim_heap() -> None:
+    """Give freed heap pages back to the system at once, where the C library can (glibc)."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 class PeakMemory:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from gptcore.engine import decode, prefill
-from gptcore.measure.memory import PeakMemory
+from gptcore.measure.memory import PeakMemory, trim_heap
 from gptcore.model import GPT
 from gptcore.passes.base import PassContext
 from gptcore.recipe import Recipe, place
@@ -28,6 +28,7 @@ def generating(spec: ModelSpec, precision: str, context: int) -> int:
     model = build_random(spec, placement)
     for one in recipe.passes:
         model = one.apply(model, PassContext(placement=placement))
+    trim_heap()
     with PeakMemory() as peak:
         cache = model.new_cache(context)
         while cache.length < context - 2:
