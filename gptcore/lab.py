@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ import numpy as np
 
 from gptcore.catalogue import Catalogue, ModelEntry
 from gptcore.device import Device, devices, require_device
-from gptcore.errors import Cancelled, GptcoreError, StoreError, UnknownModel, internal_error
+from gptcore.errors import (
+    Cancelled,
+    ContextOverflow,
+    DoesNotFit,
+    GptcoreError,
+    InvalidInput,
+    StoreError,
+    UnknownModel,
+    internal_error,
+)
 from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
 from gptcore.monitor import Monitor, gpu_collector, machine_collectors
@@ -46,6 +56,7 @@ from gptcore.sampling import likeliest, stages
 from gptcore.spec import PRESETS
 from gptcore.store import Store, open_store
 from gptcore.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from gptcore.work import Work
 
 REMEMBERED_RUNS = 200
 """Ended runs that stay in memory; older ones are read from the store."""
@@ -246,9 +257,7 @@ class Lab:
         sent_at = time.monotonic()
         prompt_tokens = self.check(variant, request)
         made = provenance(variant.weights_id, variant.placement.resolved_threads)
-        problem = self._try_to_save(
-            lambda store: store.add_variant(variant.hash, variant.model_dump(mode="json"), made)
-        )
+        problem = self._try_to_save(partial(_keep_variant, variant=variant, provenance=made))
         # After the provenance, which is found by the moment at which the run was made.
         run = self._new_run(RunKind.GENERATE, variant, request.model_dump(mode="json"))
         run = replace(run, parent_id=parent_id)
@@ -262,6 +271,35 @@ class Lab:
         )
         return run.id
 
+    def start(self, work: Work, *, parent_id: str | None = None) -> str:
+        """Queue a measurement, comparison or other work and return its run id at once.
+
+        It goes on when the page that asked is gone; ``snapshot(run_id).run.result`` is what it
+        found, so far or in the end.
+
+        Raises:
+            DeviceAbsent, InvalidInput: nothing was queued.
+        """
+        variants = work.variants_used()
+        for variant in variants:
+            self._check_passes(variant)
+        made = [
+            (one, provenance(one.weights_id, one.placement.resolved_threads)) for one in variants
+        ]
+        problem = self._try_to_save(
+            *(
+                partial(_keep_variant, variant=one, provenance=provenance)
+                for one, provenance in made
+            )
+        )
+        run = self._new_run(work.kind, variants[0], work.model_dump(mode="json"))
+        run = replace(run, parent_id=parent_id)
+        device = variants[0].placement.device
+        live = self._remember(run, device)
+        live.problem = problem or self._try_to_save(lambda store: store.add_run(run))
+        self._host(device).submit(Order(live, run.id, "work"))
+        return run.id
+
     def check(self, variant: Variant, request: Request) -> int:
         """Return the number of prompt tokens of a request that could run.
 
@@ -271,12 +309,7 @@ class Lab:
             DeviceAbsent: the device is gone.
             InvalidInput: a pass of the recipe cannot run here.
         """
-        from gptcore.errors import ContextOverflow, DoesNotFit, InvalidInput
-
-        require_device(variant.placement.device)
-        for one in variant.recipe.passes:
-            if blocked := one.blocked_by(variant.spec, variant.placement):
-                raise InvalidInput(f"{one.title} cannot run here: {blocked}")
+        self._check_passes(variant)
         tokens = self.count_tokens(variant.model, request.prompt, request.messages)
         whole = tokens + len(request.forced_ids)
         if whole >= variant.spec.context and request.overflow == "refuse":
@@ -289,6 +322,12 @@ class Lab:
         if not checked.fits:
             raise DoesNotFit(checked.sentence)
         return min(tokens, variant.spec.context)
+
+    def _check_passes(self, variant: Variant) -> None:
+        require_device(variant.placement.device)
+        for one in variant.recipe.passes:
+            if blocked := one.blocked_by(variant.spec, variant.placement):
+                raise InvalidInput(f"{one.title} cannot run here: {blocked}")
 
     def snapshot(self, run_id: str) -> Snapshot | None:
         """Return the state of a run, live or from the store; None if nobody knows it."""
@@ -544,7 +583,11 @@ class Lab:
 
     def _on_ended(self, live: LiveRun, saved: bool) -> None:
         run, tokens, *_ = live.look()
+        if run.kind is RunKind.INSPECT:
+            return
         if run.kind is not RunKind.GENERATE:
+            if not saved:
+                live.problem = self._try_to_save(lambda store: store.finish_run(run, ()))
             return
         self._traffic.ended()
         written = [token.seconds for token in tokens if not token.forced]
@@ -603,6 +646,10 @@ class Lab:
             assert entry.spec is not None
             return byte_tokenizer(entry.spec.vocabulary)
         return load_tokenizer(self.catalogue.checkpoint(model).directory)
+
+
+def _keep_variant(store: Store, variant: Variant, provenance: Provenance) -> None:
+    store.add_variant(variant.hash, variant.model_dump(mode="json"), provenance)
 
 
 def _failed(run: Run, kind: str, sentence: str) -> Run:

@@ -245,6 +245,13 @@ class RunKind(StrEnum):
     GENERATE = "generate"
     INSPECT = "inspect"
     PULL = "pull"
+    BENCH = "bench"
+    EVALUATE = "evaluate"
+    COMPARE = "compare"
+    OPTIMIZE = "optimize"
+    TRAIN = "train"
+    TUNE = "tune"
+    EXPLAIN = "explain"
 
 
 class RunState(StrEnum):
@@ -286,6 +293,20 @@ class Run:
     error: str | None = None
     numbers: Numbers | None = None
     parent_id: str | None = None
+    result: Mapping[str, Any] | None = None
+    """What a measurement, comparison or other work found, as JSON-able values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """What people say about a run."""
+
+    tags: tuple[str, ...] = ()
+    note: str = ""
+    pinned: bool = False
+    archived: bool = False
+    baseline: bool = False
+    """Whether later runs are held against this one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,9 +104,10 @@ class Order:
     live: LiveRun
     run_id: str
     op: str
-    variant: Variant
-    request: Request
-    sent_at: float
+    """"generate", "inspect", or "work", which lies in the run's kind and settings."""
+    variant: Variant | None = None
+    request: Request | None = None
+    sent_at: float = 0.0
     answer_ids: tuple[int, ...] = ()
 
 
@@ -263,8 +264,8 @@ class HostClient:
         message = {
             "op": order.op,
             "run": run_to_json(run),
-            "variant": order.variant.model_dump(mode="json"),
-            "request": order.request.model_dump(mode="json"),
+            "variant": order.variant.model_dump(mode="json") if order.variant else None,
+            "request": order.request.model_dump(mode="json") if order.request else None,
             "answer_ids": order.answer_ids,
             "sent_at": order.sent_at,
         }
@@ -384,6 +385,8 @@ class HostClient:
             self._on_token(token)
         elif event == "numbers":
             live.change(numbers=Numbers(**message["numbers"]))
+        elif event == "partial":
+            live.change(result=message["result"])
         elif event == "phase":
             live.say(message["phase"], message["progress"])
         elif event == "ended":

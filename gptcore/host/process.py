@@ -1,8 +1,8 @@
 """The host process: orders come as JSON lines on standard input, events leave on the output.
 
-Orders: ``run`` (a generation or a look at logits), ``cancel``, ``unload``. Events: ``hello``,
-``phase``, ``token``, ``ended``, ``loaded``. The end of the input means that the server is gone:
-what runs is interrupted, written down, and the process ends.
+Orders: ``generate``, ``inspect`` (a look at logits), ``work``, ``cancel``, ``unload``. Events:
+``hello``, ``phase``, ``token``, ``numbers``, ``partial``, ``ended``, ``loaded``. The end of the
+input means that the server is gone: what runs is interrupted, written down, and the process ends.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from gptcore.catalogue import Catalogue
 from gptcore.errors import Cancelled, GptcoreError, StoreError, internal_error
 from gptcore.host.wire import encode, run_from_json, run_to_json, token_to_json
 from gptcore.host.worker import Watcher, Worker
+from gptcore.host.works import work_from_json
 from gptcore.paths import models_dir
 from gptcore.recipe import Variant
 from gptcore.records import Request, Run, RunState, Token, now
 from gptcore.store import Store, open_store
+from gptcore.work import Work
 
 FAREWELL_S = 3.0
 """How long a host may take to write down an interrupted run before it is ended anyway."""
@@ -87,14 +89,19 @@ class HostProcess:
             on_numbers=lambda numbers: self._send(
                 {"event": "numbers", "id": run.id, "numbers": asdict(numbers)}
             ),
+            on_partial=lambda result: self._send(
+                {"event": "partial", "id": run.id, "result": result}
+            ),
+            on_measured=lambda one: self._save(lambda store: store.add_measurements([one])),
         )
         try:
+            if order["op"] == "work":
+                self._perform(run, work_from_json(run.kind, run.settings), watcher)
+                return
             variant = Variant.model_validate(order["variant"])
             request = Request.model_validate(order["request"])
             if order["op"] == "generate":
-                self._save(
-                    lambda store: store.update_run(run.id, state=RunState.RUNNING, started_at=now())
-                )
+                self._begin(run)
                 finished, tokens = self._worker.generate(
                     run, variant, request, watcher, sent_at=order["sent_at"]
                 )
@@ -110,6 +117,13 @@ class HostProcess:
             self._finish(failed, ())
         finally:
             self._cancelled.discard(run.id)
+
+    def _begin(self, run: Run) -> None:
+        self._save(lambda store: store.update_run(run.id, state=RunState.RUNNING, started_at=now()))
+
+    def _perform(self, run: Run, work: Work, watcher: Watcher) -> None:
+        self._begin(run)
+        self._finish(self._worker.perform(run, work, watcher), ())
 
     def _look(
         self, run: Run, variant: Variant, request: Request, answer_ids: list[int], watcher: Watcher
@@ -138,7 +152,7 @@ class HostProcess:
     def _end(self, run: Run, **more: Any) -> None:
         self._send({"event": "ended", "id": run.id, "run": run_to_json(run), **more})
 
-    def _save(self, write: Callable[[Store], None]) -> bool:
+    def _save(self, write: Callable[[Store], object]) -> bool:
         if self._store is None:
             return False
         try:

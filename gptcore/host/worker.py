@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,12 +24,22 @@ from gptcore.fit import fit
 from gptcore.host.lock import device_lock
 from gptcore.measure.memory import PeakMemory, trim_heap, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
-from gptcore.passes.base import Coverage, PassContext
+from gptcore.passes.base import PassContext
 from gptcore.recipe import Variant
-from gptcore.records import FinishReason, Numbers, Request, Run, RunState, Token, now
+from gptcore.records import (
+    FinishReason,
+    Measurement,
+    Numbers,
+    Request,
+    Run,
+    RunState,
+    Token,
+    now,
+)
+from gptcore.work import Loaded, Work
 
 if TYPE_CHECKING:
-    from gptcore.engine import Engine, Generation
+    from gptcore.engine import Generation
 
 MAX_LOADED = 3
 """Variants kept loaded at most; the least recently used goes first."""
@@ -47,18 +57,8 @@ class Watcher:
     on_phase: Callable[[str, float | None], None] = lambda phase, progress: None
     on_token: Callable[[Token], None] = lambda token: None
     on_numbers: Callable[[Numbers], None] = lambda numbers: None
-
-
-@dataclass(slots=True)
-class Loaded:
-    """A variant in memory."""
-
-    variant: Variant
-    engine: Engine
-    resident_bytes: int
-    step_bytes: int
-    """Weight bytes that one decode step reads."""
-    coverage: dict[str, Coverage]
+    on_partial: Callable[[Mapping[str, Any]], None] = lambda result: None
+    on_measured: Callable[[Measurement], object] = lambda measurement: None
 
 
 class Worker:
@@ -97,10 +97,10 @@ class Worker:
         """
         tokens: list[Token] = []
         started_at = now()
-        state = RunState.DONE
-        problem: GptcoreError | None = None
         cost: Callable[[], Numbers | None] = _unknown
-        try:
+
+        def write() -> RunState:
+            nonlocal cost
             with self._lock("generate", watcher):
                 queue_s = self._clock() - sent_at
                 with PeakMemory(self.device) as memory:
@@ -116,23 +116,47 @@ class Worker:
                     )
                     self._write(generation, tokens, watcher, cost)
                 if generation.finish_reason is FinishReason.CANCELLED:
-                    state = RunState.CANCELLED
-                else:
-                    self._learn_peak(loaded, generation)
+                    return RunState.CANCELLED
+                self._learn_peak(loaded, generation)
+                return RunState.DONE
+
+        state, problem = self._outcome(variant, write)
+        finished = self._ended(run, started_at, tokens, state, problem)
+        return replace(finished, numbers=cost()), tuple(tokens)
+
+    def perform(self, run: Run, work: Work, watcher: Watcher) -> Run:
+        """Do a piece of work, and return the finished run with its result.
+
+        What a user can cause ends the run as failed or cancelled, with the last partial result.
+        """
+        started_at = now()
+        desk = _Desk(self, run.id, watcher)
+
+        def do() -> RunState:
+            with self._lock(str(work.kind), watcher):
+                desk.result = dict(work.perform(desk))
+            return RunState.DONE
+
+        state, problem = self._outcome(work.variants_used()[0], do)
+        return replace(self._ended(run, started_at, (), state, problem), result=desk.result)
+
+    def _outcome(
+        self, variant: Variant, work: Callable[[], RunState]
+    ) -> tuple[RunState, GptcoreError | None]:
+        """Do ``work`` and return how it ended, with what a user can do about it."""
+        try:
+            return work(), None
         except Cancelled as error:
-            state, problem = RunState.CANCELLED, error
+            return RunState.CANCELLED, error
         except GptcoreError as error:
-            state, problem = RunState.FAILED, error
+            return RunState.FAILED, error
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            state = RunState.FAILED
-            problem = DoesNotFit(
+            return RunState.FAILED, DoesNotFit(
                 f"{variant.model} in {variant.precision} ran out of memory on {self.device}; "
                 "choose a smaller size, precision or limit."
             )
-        finished = self._ended(run, started_at, tokens, state, problem)
-        return replace(finished, numbers=cost()), tuple(tokens)
 
     def _write(
         self,
@@ -180,15 +204,18 @@ class Worker:
             return self.loaded[variant.hash]
         self._make_room(variant, request)
         watcher.on_phase("loading weights", 0.0)
+        began = self._clock()
         loaded = self._built(variant, watcher)
+        loaded.load_s = self._clock() - began
         self.loaded[variant.hash] = loaded
         return loaded
 
-    def unload(self) -> None:
-        """Free the memory of every loaded variant."""
+    def unload(self, *hashes: str) -> None:
+        """Free the memory of the variants of these hashes, or of every loaded one."""
         import gc
 
-        self.loaded.clear()
+        for one in hashes or tuple(self.loaded):
+            self.loaded.pop(one, None)
         gc.collect()
         if self.device.startswith("cuda"):
             import torch
@@ -258,6 +285,7 @@ class Worker:
             resident_bytes=resident_bytes,
             step_bytes=step_bytes,
             coverage=context.coverage,
+            load_s=0.0,
         )
 
     def _numbers(
@@ -331,6 +359,41 @@ def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, 
     precision = loaded.variant.placement.precision
     kv = (read + n_out / 2) * loaded.variant.spec.kv_bytes_per_token(precision)
     return decode_s / (n_out - 1) if decode_s and n_out >= 2 else None, int(loaded.step_bytes + kv)
+
+
+class _Desk:
+    """The worker as a Work sees it."""
+
+    def __init__(self, worker: Worker, run_id: str, watcher: Watcher) -> None:
+        self.device = worker.device
+        self.result: Mapping[str, Any] | None = None
+        self._worker = worker
+        self._run_id = run_id
+        self._watcher = watcher
+
+    def load(self, variant: Variant) -> Loaded:
+        return self._worker.load(variant, self._watcher)
+
+    def holds(self, variant: Variant) -> bool:
+        return variant.hash in self._worker.loaded
+
+    def unload(self, variant: Variant) -> None:
+        if self.holds(variant):
+            self._worker.unload(variant.hash)
+
+    def phase(self, text: str, progress: float | None = None) -> None:
+        self._watcher.on_phase(text, progress)
+
+    def check(self) -> None:
+        if self._watcher.cancelled():
+            raise Cancelled("Cancelled.")
+
+    def partial(self, result: Mapping[str, Any]) -> None:
+        self.result = result
+        self._watcher.on_partial(result)
+
+    def measured(self, name: str, observations: Sequence[float]) -> None:
+        self._watcher.on_measured(Measurement(self._run_id, name, tuple(observations)))
 
 
 def _unknown() -> None:

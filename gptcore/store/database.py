@@ -35,7 +35,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from gptcore.errors import StoreError
 from gptcore.store.tables import VERSION_TABLE, metadata
 
-KNOWN_VERSION = "0001"
+KNOWN_VERSION = "0002"
 """The newest migration; a test holds it equal to the newest file in ``migrations``."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 

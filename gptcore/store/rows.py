@@ -56,6 +56,8 @@ def changes_to_row(changes: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "settings":
             row["settings"] = json.dumps(dict(value))
             row["prompt_start"] = _prompt_start(value)
+        elif name == "result":
+            row["result"] = None if value is None else json.dumps(dict(value), allow_nan=False)
         elif name.endswith("_at"):
             row[name] = seconds_of(value)
         elif name in ("kind", "state"):
@@ -89,6 +91,7 @@ def run_of_row(row: RowMapping) -> Run:
         error=row["error"],
         numbers=numbers,
         parent_id=row["parent_id"],
+        result=None if row["result"] is None else json.loads(row["result"]),
     )
 
 

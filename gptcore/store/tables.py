@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -107,6 +108,7 @@ runs = Table(
     Column("prompt_start", AnyText, nullable=False),
     Column("settings", Text, nullable=False),
     Column("text", AnyText, nullable=False),
+    Column("result", Text),
     Index("runs_by_created", "created_at"),
     Index("runs_by_state", "state", "created_at"),
     Index("runs_by_kind", "kind", "created_at"),
@@ -173,6 +175,32 @@ measurements = Table(
     Column("run_id", String(64), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
     Column("name", String(128), primary_key=True),
     Column("observations", Text, nullable=False),
+)
+
+# What people say about a run; a host that writes down the end of a run leaves it alone.
+run_annotations = Table(
+    "annotations",
+    metadata,
+    Column("run_id", String(64), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("tags", Text, nullable=False),
+    Column("note", AnyText, nullable=False),
+    Column("pinned", Boolean, nullable=False),
+    Column("archived", Boolean, nullable=False),
+    Column("baseline", Boolean, nullable=False),
+)
+
+votes = Table(
+    "votes",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("at", Double, nullable=False),
+    Column("left", AnyText, nullable=False),
+    Column("right", AnyText, nullable=False),
+    Column("verdict", String(16), nullable=False),
+    Column("left_tokens", Integer, nullable=False),
+    Column("right_tokens", Integer, nullable=False),
+    Column("prompt_hash", String(64), nullable=False),
+    Index("votes_by_time", "at"),
 )
 
 series = Table(

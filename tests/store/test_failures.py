@@ -14,7 +14,7 @@ import filelock
 import pytest
 
 from gptcore.errors import StoreError
-from gptcore.store import open_store
+from gptcore.store import database, open_store
 from tests.store.examples import run, tokens
 
 NOBODY = 65534
@@ -211,7 +211,8 @@ def test_a_newer_database_is_refused_by_number_and_left_as_it_is(path: Path) -> 
     with pytest.raises(StoreError) as error:
         open_store(_url(path))
     assert str(error.value) == (
-        f"The database {path} was written by a newer version (schema 9, this program knows 1): "
+        f"The database {path} was written by a newer version (schema 9, this program knows "
+        f"{int(database.KNOWN_VERSION)}): "
         "update the program or set GPTLAB_DATABASE_URL to another file."
     )
     assert path.read_bytes() == before

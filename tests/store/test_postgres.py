@@ -7,14 +7,14 @@ from sqlalchemy import create_engine, text
 
 from gptcore.errors import StoreError
 from gptcore.store import open_store
-from gptcore.store.database import parsed
+from gptcore.store.database import KNOWN_VERSION, parsed
 from tests.store.conftest import POSTGRES
 
 
 @pytest.mark.postgres
 def test_a_real_postgresql_answers_the_check() -> None:
     with open_store(os.environ[POSTGRES]) as store:
-        assert store.check().startswith("PostgreSQL, schema 1")
+        assert store.check().startswith(f"PostgreSQL, schema {int(KNOWN_VERSION)}")
 
 
 @pytest.mark.postgres

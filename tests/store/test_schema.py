@@ -3,14 +3,16 @@
 import sqlite3
 from pathlib import Path
 
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, insert
 
 from gptcore.records import Numbers, Reading, Run
-from gptcore.store import Store, database, open_store, tables
-from tests.store.examples import T0
+from gptcore.store import Store, database, open_store, rows, tables
+from tests.store.examples import T0, run
 
 
 def test_the_migrations_lead_to_the_tables_of_today(store: Store) -> None:
@@ -72,3 +74,29 @@ def test_a_query_for_latencies_reads_one_index_and_no_row(tmp_path: Path) -> Non
         compiled = query.compile(compile_kwargs={"literal_binds": True})
     plan = sqlite3.connect(path).execute(f"EXPLAIN QUERY PLAN {compiled}").fetchall()
     assert "COVERING INDEX runs_latency (kind=? AND ended_at>?" in str(plan)
+
+
+def test_runs_of_the_first_schema_are_there_in_todays(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'lab.db'}"
+    config = Config()
+    config.set_main_option("script_location", str(database.MIGRATIONS))
+    old = run(text="kept")
+    row = rows.run_to_row(old, "") | {"machine": ""}
+    del row["result"]
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(insert(tables.runs), row)
+    engine.dispose()
+    with open_store(url) as store:
+        assert store.run(old.id) == old
+
+
+def test_the_result_of_a_run_comes_back_as_it_went_in(store: Store) -> None:
+    found = {"ratio": 1.25, "cells": [{"n": 3, "name": "é"}], "none": None}
+    one = run(result=found)
+    store.add_run(one)
+    assert store.run(one.id).result == found
+    store.update_run(one.id, result=None)
+    assert store.run(one.id).result is None

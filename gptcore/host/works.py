@@ -1,0 +1,27 @@
+"""The works that a host can be given, by kind of run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from gptcore.errors import InvalidInput
+from gptcore.records import RunKind
+from gptcore.sentences import sentence
+from gptcore.work import Work
+
+WORKS: dict[RunKind, type[Work]] = {}
+
+
+def work_from_json(kind: RunKind, value: Mapping[str, Any]) -> Work:
+    """Return the work of ``kind`` whose ``model_dump`` is ``value``.
+
+    Raises:
+        InvalidInput: a field is unknown, missing or out of its range.
+    """
+    try:
+        return WORKS[kind].model_validate(value)
+    except ValidationError as error:
+        raise InvalidInput(sentence(error, WORKS[kind])) from None
