@@ -7,6 +7,7 @@ write control tokens. Templates run in jinja2's immutable sandbox, with bounds o
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ PADDING = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs"})
 MAX_POWER = 100
 """Of both numbers of a power in a template; a product may reach ``MAX_RENDERED_CHARS``."""
 NO_CHAT = "This model knows no chat: use completion."
+DECISIVE = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+"""The parts of a tokenizer's form that decide which ids a text becomes."""
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 """Code points that mean nothing: one stands for a special token that a user typed."""
 
@@ -103,6 +107,30 @@ class Tokenizer:
         """Return the ids of ``text``; a special token in it is text, not control."""
         return list(self._fast.encode(text, add_special_tokens=False).ids)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """``sha256:…`` of all that decides which ids a text becomes."""
+        form = self._form()
+        decisive = {name: form[name] for name in DECISIVE}
+        text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    def encode_sized(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of ``text``, and for how many of its UTF-8 bytes each of them stands.
+
+        Error: exact for tokenizers of bytes. For others a character that spans tokens counts with
+        the first of them, and what the tokenizer leaves out with the token behind it.
+        """
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        ids = list(encoding.ids)
+        if self._bytes_of is not None:
+            sizes = [self._bytes_of[id] for id in ids]
+            if sum(sizes) == len(text.encode()):
+                return ids, sizes
+        reached = list(accumulate((len(one.encode()) for one in text), initial=0))
+        ends = list(accumulate((reached[end] for _, end in encoding.offsets), max))
+        return ids, [end - before for before, end in zip([0, *ends], ends, strict=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``, special tokens written out."""
         return str(self._fast.decode(list(ids), skip_special_tokens=False))
@@ -114,6 +142,22 @@ class Tokenizer:
     def stream(self) -> TextStream:
         """Return a decoder for one text."""
         return TextStream(self.decode)
+
+    def _form(self) -> dict[str, Any]:
+        form: dict[str, Any] = json.loads(self._fast.to_str())
+        return form
+
+    @functools.cached_property
+    def _bytes_of(self) -> dict[int, int] | None:
+        """How many bytes each id stands for, or None where ids do not stand for bytes."""
+        decoder = self._form()["decoder"] or {}
+        if "ByteLevel" not in {one.get("type") for one in (decoder, *decoder.get("decoders", ()))}:
+            return None
+        added = self._fast.get_added_tokens_decoder()
+        return {
+            id: len(text.encode()) if id in added else len(text)  # one character for each byte
+            for text, id in self._fast.get_vocab().items()
+        }
 
     def encode_prompt(self, prompt: str, messages: Sequence[Message] = ()) -> list[int]:
         """Return the ids of a prompt, or of a chat through the model's own template.
@@ -432,6 +476,16 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of ``text``, as ids below the vocabulary."""
         return [byte % self.vocabulary for byte in text.encode()]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A name, as the vocabulary decides all."""
+        return f"bytes:{self.vocabulary}"
+
+    def encode_sized(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of ``text``, one byte each."""
+        ids = self.encode(text)
+        return ids, [1] * len(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return bytes below 256 as UTF-8 text, other ids as printable characters."""

@@ -12,6 +12,8 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers
 
 from gptcore import tokenizer as module
 from gptcore import weights
@@ -438,3 +440,38 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_folder: Path, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": largest}))
     with pytest.raises(InvalidWeights, match=f"ids up to {largest}, and the model knows {largest}"):
         load_tokenizer(tmp_path)
+
+
+@given(st.text(max_size=60))
+@settings(deadline=None)
+def test_the_sizes_of_ids_are_those_of_their_bytes_and_together_all_of_the_text(
+    tiny: Tokenizer, text: str
+):
+    ids, sizes = tiny.encode_sized(text)
+    assert ids == tiny.encode(text)
+    assert sum(sizes) == len(text.encode())
+    for cut in range(len(ids) + 1):  # bytes that are half a character decode to nothing else
+        assert tiny.decode(ids[:cut]) == text.encode()[: sum(sizes[:cut])].decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", HAND_MADE)
+def test_a_tokenizer_of_characters_gives_every_byte_to_one_id(text: str):
+    fast = FastTokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    ids, sizes = Tokenizer(fast).encode_sized(text)
+    assert len(ids) == len(sizes)
+    assert all(size >= 0 for size in sizes)
+    assert sum(sizes) == (len(text.encode()) if ids else 0)
+
+
+def test_bytes_of_a_random_shape_are_one_id_each():
+    assert byte_tokenizer(300).encode_sized("né") == ([110, 195, 169], [1, 1, 1])
+
+
+def test_the_identity_is_that_of_the_ids_and_not_of_the_file(tiny: Tokenizer, tiny_folder: Path):
+    form = json.loads((tiny_folder / "tokenizer.json").read_text())
+    again = FastTokenizer.from_str(json.dumps(form, indent=7, sort_keys=True))
+    assert Tokenizer(again).identity == tiny.identity
+    form["model"]["merges"] = form["model"]["merges"][:-1]
+    assert Tokenizer(FastTokenizer.from_str(json.dumps(form))).identity != tiny.identity
+    assert byte_tokenizer(300).identity != byte_tokenizer(301).identity
