@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import subprocess
+from pathlib import Path
 
 import psutil
 
@@ -30,7 +31,27 @@ def provenance(weights_hash: str | None = None, threads: int | None = None) -> P
         memory_bytes=memory_limit_bytes(),
         weights_hash=weights_hash,
         threads=threads,
+        power=power_state(),
     )
+
+
+def power_state(governors: Path = Path("/sys/devices/system/cpu")) -> str | None:
+    """Return what decides the clock of the cores, such as "governor powersave, on battery".
+
+    Args:
+        governors: where Linux shows a folder for each core.
+    """
+    known = []
+    found = {
+        file.read_text().strip()
+        for file in sorted(governors.glob("cpu[0-9]*/cpufreq/scaling_governor"))
+    }
+    if found:
+        known.append(f"governor {' and '.join(sorted(found))}")
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    if battery is not None:
+        known.append("plugged in" if battery.power_plugged else "on battery")
+    return ", ".join(known) or None
 
 
 @functools.cache

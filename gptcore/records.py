@@ -349,3 +349,5 @@ class Provenance:
     memory_bytes: int | None
     weights_hash: str | None = None
     threads: int | None = None
+    power: str | None = None
+    """What decides the clock: the governor of the cores, and whether a battery is drained."""

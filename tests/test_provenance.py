@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -39,6 +40,21 @@ def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     found = provenance()
     assert (found.cpu, found.torch, found.gpu, found.git_commit) == (None, None, None, None)
     assert (found.weights_hash, found.threads) == (None, None)
+
+
+def test_the_power_state_names_governor_and_battery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: None, raising=False)
+    assert module.power_state(tmp_path) is None
+    for core, governor in enumerate(["powersave", "powersave", "performance"]):
+        folder = tmp_path / f"cpu{core}" / "cpufreq"
+        folder.mkdir(parents=True)
+        (folder / "scaling_governor").write_text(governor + "\n")
+    assert module.power_state(tmp_path) == "governor performance and powersave"
+    battery = SimpleNamespace(power_plugged=False)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    assert module.power_state(tmp_path) == "governor performance and powersave, on battery"
 
 
 def repository(folder: Path) -> str:

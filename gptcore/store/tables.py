@@ -166,6 +166,7 @@ provenances = Table(
     Column("memory_bytes", BigInteger),
     Column("weights_hash", Text),
     Column("threads", Integer),
+    Column("power", Text),
     Index("provenances_by_variant", "variant_hash", "since"),
 )
 

@@ -97,5 +97,6 @@ def provenance(**changes: Any) -> Provenance:
         "memory_bytes": 3 * 2**40,
         "weights_hash": "sha256:00",
         "threads": 1,
+        "power": "governor performance",
     }
     return Provenance(**fields | changes)

@@ -1,4 +1,4 @@
-"""Results of measurements and comparisons, what people note about runs, and blind votes."""
+"""Results of measurements, the power state, what people note about runs, and blind votes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add the result of a run, notes on runs, and votes."""
+    """Add the result of a run, the power state, notes on runs, and votes."""
     op.add_column("runs", sa.Column("result", sa.Text(), nullable=True))
+    op.add_column("provenances", sa.Column("power", sa.Text(), nullable=True))
     op.create_table(
         "annotations",
         sa.Column("run_id", sa.String(length=64), nullable=False),
