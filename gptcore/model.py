@@ -253,14 +253,7 @@ class GPT(nn.Module):
         room = self.spec.context if cache is None else min(self.spec.context, cache.capacity)
         if end > room:
             raise ContextOverflow(f"{end:,} positions do not fit into {room:,}: shorten the text.")
-        x = self.embedding(ids)  # (B, T, W)
-        mask = later_mask(end - start, end, x.device)
-        if self.spec.position == "learned":
-            x = x + self.positions.weight[start:end]
-            where = Positions(mask)
-        else:
-            cos, sin = self._tables(end, x.dtype, x.device)
-            where = Positions(mask, cos[start:end], sin[start:end])
+        x, where = self.enter(ids, start)
         for layer, block in enumerate(self.blocks):
             x = block(x, where, cache, layer)
         if cache is not None:
@@ -269,6 +262,21 @@ class GPT(nn.Module):
             x = x[:, -1:]
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def enter(self, ids: Tensor, start: int = 0) -> tuple[Tensor, Positions]:
+        """Return what the first block is given: (B, T, W), and where the T tokens stand.
+
+        Args:
+            ids: (B, T) int64.
+            start: position of the first of them.
+        """
+        end = start + ids.shape[1]
+        x: Tensor = self.embedding(ids)  # (B, T, W)
+        mask = later_mask(end - start, end, x.device)
+        if self.spec.position == "learned":
+            return x + self.positions.weight[start:end], Positions(mask)
+        cos, sin = self._tables(end, x.dtype, x.device)
+        return x, Positions(mask, cos[start:end], sin[start:end])
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Return an empty cache for ``capacity`` positions, on the model's device."""

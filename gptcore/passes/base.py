@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from gptcore.device import Placement
+from gptcore.errors import NumericalError
 from gptcore.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gptcore.model import GPT
 
 
@@ -32,11 +35,22 @@ class Coverage:
     total_weights: int
     skipped: tuple[tuple[str, str], ...] = ()
     """(module, reason) of each module left as it was."""
+    stored_bytes: int | None = None
+    """What a file keeps of the converted modules, None where the pass does not tell."""
+    resident_bytes: int | None = None
+    """What the converted modules take in memory, None where the pass does not tell."""
 
     @property
     def ratio(self) -> float:
         """Converted weights ÷ all of them; 0 is an error state, not a success."""
         return self.converted_weights / self.total_weights if self.total_weights else 0.0
+
+    @property
+    def effective_bits(self) -> float | None:
+        """Stored bits of the converted modules ÷ the weights that they stand for."""
+        if self.stored_bytes is None or not self.converted_weights:
+            return None
+        return 8 * self.stored_bytes / self.converted_weights
 
 
 @dataclass(slots=True)
@@ -49,6 +63,23 @@ class PassContext:
     """Told the share done, 0 to 1; raises Cancelled where the user stopped the work."""
     coverage: dict[str, Coverage] = field(default_factory=dict)
     """By pass name; every pass adds its own."""
+    calibration_ids: Tensor | None = None
+    """(N, T) int64: N sequences of text that calibrated passes run through the model."""
+    calibration_hash: str = ""
+    """``sha256:…`` of these ids, for what is kept about the result."""
+
+
+def refuse_nan(name: str, weight: Tensor) -> None:
+    """Refuse a layer's weights unless they are all numbers.
+
+    Raises:
+        NumericalError: NaN or infinity is among them.
+    """
+    if not weight.detach().float().sum().isfinite():
+        raise NumericalError(
+            f"{name} holds NaN or infinite weights, which no pass can work with: choose another "
+            "model."
+        )
 
 
 class Pass(BaseModel):
@@ -65,6 +96,19 @@ class Pass(BaseModel):
     def blocked_by(self, spec: ModelSpec, placement: Placement) -> str | None:
         """Return the sentence that says why this pass cannot run here, or None if it can."""
         return None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ``apply`` looks at the context's calibration text."""
+        return False
+
+    def caution(self, spec: ModelSpec, placement: Placement) -> str | None:
+        """Return what to know before this pass is chosen, in a sentence, or None."""
+        return None
+
+    def spec_after(self, spec: ModelSpec) -> ModelSpec:
+        """Return the shape that this pass leaves; only a SHAPE pass changes it."""
+        return spec
 
     def weights_bytes_after(self, spec: ModelSpec, placement: Placement, before: int) -> int:
         """Return the resident bytes of the weights after this pass, given those before it."""
