@@ -140,14 +140,19 @@ def read(model: GPT, ids: Sequence[int], cache: KVCache, cancelled: Callable[[],
     Raises:
         Cancelled: between two chunks.
     """
-    size = PREFILL_CHUNK
-    if cache.k.device.type == "cpu":
-        size = max(LEAST_CHUNK, min(size, CHUNK_PARAMETERS // model.spec.parameters))
+    size = chunk_tokens(model)
     for begin in range(0, len(ids), size):
         if cancelled():
             raise Cancelled("Cancelled while the prompt was being read.")
         logits = prefill(model, ids[begin : begin + size], cache)
     return logits
+
+
+def chunk_tokens(model: GPT) -> int:
+    """Return how many tokens of a prompt are computed at once."""
+    if model.embedding.weight.device.type != "cpu":
+        return PREFILL_CHUNK
+    return max(LEAST_CHUNK, min(PREFILL_CHUNK, CHUNK_PARAMETERS // model.spec.parameters))
 
 
 def as_numpy(logits: Tensor) -> Floats:

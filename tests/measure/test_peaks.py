@@ -11,7 +11,7 @@ import pytest
 
 from gptcore.device import cpu_name, torch_version
 from gptcore.measure import peaks
-from gptcore.measure.peaks import LARGEST_BYTES, PeakBandwidth, peak_bandwidth
+from gptcore.measure.peaks import LARGEST_BYTES, PeakBandwidth, peak_bandwidth, peak_flops
 from gptcore.paths import cache_dir
 
 MIB = 2**20
@@ -144,3 +144,32 @@ def test_a_cache_that_cannot_be_written_costs_only_the_next_measurement(
     monkeypatch.setattr(Path, "write_text", full)
     assert peak_bandwidth("cpu", MIB, 1).bytes_per_s == 1e9
     assert peak_bandwidth("cpu", MIB, 1).bytes_per_s == 2e9
+
+
+def test_operations_a_second_are_measured_by_type_and_remembered(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"fp32": 1e11, "bf16": 2e11}
+    asked = []
+
+    def measured(device: str, dtype: str) -> tuple[float, int]:
+        asked.append(dtype)
+        if dtype not in answers:
+            raise RuntimeError("no such product here")
+        return answers[dtype], 5
+
+    monkeypatch.setattr(peaks, "_measure_flops", measured)
+    assert peak_flops("cpu", "fp32", 1).flop_per_s == 1e11
+    assert peak_flops("cpu", "bf16", 1).flop_per_s == 2e11
+    assert peak_flops("cpu", "fp32", 1, at_least=0.5e11).flop_per_s == 1e11
+    assert asked == ["fp32", "bf16"]
+    assert peak_flops("cpu", "int8", 1) is None
+    answers["fp32"] = 3e11
+    assert peak_flops("cpu", "fp32", 1, at_least=2e11).flop_per_s == 3e11
+    assert peak_flops("cpu", "fp32", 1).flop_per_s == 3e11
+
+
+def test_real_products_are_done_as_often_as_they_say(data_folder: Path) -> None:
+    best, repetitions = peaks._measure_flops("cpu", "fp32")
+    assert repetitions >= peaks.REPETITIONS
+    assert 1e8 < best < 1e15
