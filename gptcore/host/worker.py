@@ -41,7 +41,7 @@ from gptcore.work import Loaded, Work
 if TYPE_CHECKING:
     from gptcore.engine import Generation
 
-MAX_LOADED = 3
+MAX_LOADED = 4
 """Variants kept loaded at most; the least recently used goes first."""
 PEAK_ROOM = 4
 """The bandwidth is measured where this many times the weights of a step are free."""

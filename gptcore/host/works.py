@@ -8,11 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptcore.errors import InvalidInput
+from gptcore.measure.bench import Bench
+from gptcore.measure.compare import Compare
 from gptcore.records import RunKind
 from gptcore.sentences import sentence
 from gptcore.work import Work
 
-WORKS: dict[RunKind, type[Work]] = {}
+WORKS: Mapping[RunKind, type[Work]] = {one.kind: one for one in (Bench, Compare)}
 
 
 def work_from_json(kind: RunKind, value: Mapping[str, Any]) -> Work:

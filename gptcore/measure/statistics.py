@@ -151,14 +151,15 @@ class StopRule(BaseModel):
 
     It sees the width of the interval and never where the interval lies, so a look at the numbers
     cannot make a difference out of noise: in the tests' simulations A against A is claimed no more
-    often than with a fixed number of pairs. The interval covers a little less than with a fixed
-    number, which is why the width is not looked at before ``min_pairs``.
+    often than with a fixed number of pairs. The interval covers the truth a little less often than
+    with a fixed number (91 % against 94 % of 300 simulated comparisons), which is why a fixed number
+    is the default, and why the width is not looked at before ``min_pairs``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     half_width: float | None = Field(
-        0.03,
+        None,
         gt=0.0,
         le=1.0,
         title="Interval half-width",
@@ -172,7 +173,7 @@ class StopRule(BaseModel):
         description="Pairs of blocks to measure before the width is looked at.",
     )
     max_pairs: int = Field(
-        40,
+        24,
         ge=LEAST_PAIRS,
         le=10_000,
         title="Most pairs",

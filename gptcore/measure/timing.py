@@ -77,6 +77,7 @@ def once(
     cell: Cell,
     *,
     seed: int = 0,
+    delay_ratio: float = 0.0,
     check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
@@ -86,6 +87,7 @@ def once(
         model: on its device.
         cell: what to do.
         seed: of the prompts.
+        delay_ratio: a wait at the end of each stretch, as a share of what it took.
         check: called before, between and during; raises Cancelled.
         clock: seconds; the device is synchronised before every look at it.
     """
@@ -100,12 +102,14 @@ def once(
         began = clock()
         latest = read_all(model, ids, cache, check).argmax(-1)  # (B,)
         synchronise(device)
+        time.sleep((clock() - began) * delay_ratio)
         read = clock()
         for step in range(1, cell.new_tokens):
             latest = write_next(model, latest, cache).argmax(-1)
             if step % CHECK_EVERY == 0:
                 check()
         synchronise(device)
+        time.sleep((clock() - read) * delay_ratio)
         ended = clock()
     return Times(read - began, ended - read if cell.new_tokens > 1 else 0.0)
 
