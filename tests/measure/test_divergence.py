@@ -42,6 +42,15 @@ SPEC = gpt(2, 64, 4, context=64, vocabulary=97)
 TOLERANCE = 1e-4
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other on a busy machine longer than such models compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def model(precision: str = "fp32", seed: int = 0, vocabulary: int = 97, scale: float = 8.0) -> GPT:
     """A random model whose head is scaled up, so that it is as sure of tokens as a trained one."""
     placement, recipe = place(precision, "cpu", 1, Recipe())

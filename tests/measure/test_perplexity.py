@@ -43,6 +43,15 @@ TOLERANCE = 1e-4
 SPEC = gpt(2, 32, 4, context=64, vocabulary=97)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other on a busy machine longer than such models compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def some_passage(
     tokens: int, windowing: Windowing, vocabulary: int = 97, bos_id: int | None = None
 ) -> Passage:
