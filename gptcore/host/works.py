@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from gptcore.errors import InvalidInput
 from gptcore.measure.bench import Bench
 from gptcore.measure.compare import Compare
+from gptcore.measure.evaluate import Evaluate
 from gptcore.records import RunKind
 from gptcore.sentences import sentence
 from gptcore.work import Work
 
-WORKS: Mapping[RunKind, type[Work]] = {one.kind: one for one in (Bench, Compare)}
+WORKS: Mapping[RunKind, type[Work]] = {one.kind: one for one in (Bench, Compare, Evaluate)}
 
 
 def work_from_json(kind: RunKind, value: Mapping[str, Any]) -> Work:
