@@ -12,71 +12,62 @@ if __name__ == "__main__":  # Ctrl-C while all this is being imported ends witho
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import json
-import os
 import secrets
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from gptcore import __version__
-from gptcore.catalogue import Catalogue, ModelEntry
-from gptcore.device import devices, free_bytes, require_device
+from gptcore.catalogue import ModelEntry
+from gptcore.cli import measuring
+from gptcore.cli.terminal import (
+    REFUSED,
+    Unread,
+    add_variant_arguments,
+    catalogue,
+    json_option,
+    kept,
+    new_run,
+    noticed_interrupt,
+    progress_line,
+    say,
+    variant_of,
+)
+from gptcore.device import devices, free_bytes
 from gptcore.errors import (
     Cancelled,
-    DeviceAbsent,
     DeviceBusy,
-    DoesNotFit,
     GptcoreError,
     InvalidInput,
-    StoreError,
-    UnknownModel,
 )
 from gptcore.fit import gib
 from gptcore.host.wire import error_from_json
 from gptcore.host.worker import Watcher, Worker
-from gptcore.paths import models_dir
 from gptcore.plan import command as planning
-from gptcore.provenance import owner, provenance
-from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
 from gptcore.records import (
     MAX_SEED,
     Message,
     Request,
-    Run,
     RunKind,
     RunState,
     Token,
-    new_id,
-    now,
 )
-from gptcore.sentences import brief, one_line, sentence
-from gptcore.store import open_store
+from gptcore.sentences import one_line, sentence
 
-PRECISIONS = ("fp32", "bf16", "fp16", *SHORTHANDS)
 MAX_ARGUMENTS = 1000
 """Python's own parser would take minutes for 100,000."""
 STOPPED = 130
 """What shells report for a program that Ctrl-C ended."""
 UNREAD = 141
 """What shells report for a program whose output nobody reads."""
-REFUSED = (InvalidInput, DoesNotFit, DeviceAbsent, DeviceBusy)
-"""What is refused before anything runs; there is nothing to keep in the database then."""
-
-
 PLAN_HELP = "what a size needs: memory, training, speed, capacity"
-
-
-class Unread(Exception):
-    """Whoever read our output has gone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,23 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print on standard output at once.
-
-    Raises:
-        Unread: nobody reads it any more.
-    """
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more at its end, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Unread from None
-
-
 def models_list(options: argparse.Namespace) -> dict[str, Any]:
     """List the catalogue."""
-    entries = _catalogue().entries()
+    entries = catalogue().entries()
     if not options.json:
         for one in entries:
             size = gib(one.stored_bytes) if one.stored_bytes else "—"
@@ -136,7 +113,7 @@ def models_list(options: argparse.Namespace) -> dict[str, Any]:
 
 def models_show(options: argparse.Namespace) -> dict[str, Any]:
     """Show one model."""
-    shown = _entry_json(_catalogue().entry(options.name))
+    shown = _entry_json(catalogue().entry(options.name))
     if not options.json:
         for key, value in shown.items():
             say(f"{key:<20}{json.dumps(value, ensure_ascii=False)}")
@@ -145,15 +122,15 @@ def models_show(options: argparse.Namespace) -> dict[str, Any]:
 
 def models_pull(options: argparse.Namespace) -> dict[str, Any]:
     """Bring a model into the catalogue."""
-    catalogue = _catalogue()
-    progress = _progress_line if sys.stderr.isatty() and not options.json else lambda ratio: None
+    models = catalogue()
+    progress = progress_line if sys.stderr.isatty() and not options.json else lambda ratio: None
     if options.source == "smollm2-135m":
-        name = catalogue.pull_smollm2(progress)
+        name = models.pull_smollm2(progress)
     else:
-        name = catalogue.add(options.source, options.name, progress)
+        name = models.add(options.source, options.name, progress)
     if not options.json:
         say(f"{name} is ready.")
-    return _entry_json(catalogue.entry(name))
+    return _entry_json(models.entry(name))
 
 
 def devices_list(options: argparse.Namespace) -> dict[str, Any]:
@@ -187,21 +164,10 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         GptcoreError: it was refused, or failed.
     """
     request = _request(options)
-    catalogue = _catalogue()
-    variant = _variant(options, catalogue)
-    worker = Worker(options.device, catalogue, wait=options.wait)
-    run = Run(
-        id=new_id(),
-        kind=RunKind.GENERATE,
-        state=RunState.RUNNING,
-        created_at=now(),
-        model=variant.model,
-        precision=variant.precision,
-        device=options.device,
-        variant_hash=variant.hash,
-        settings=request.model_dump(mode="json"),
-        owner=owner(),
-    )
+    models = catalogue()
+    variant = variant_of(options, models)
+    worker = Worker(options.device, models, wait=options.wait)
+    run = new_run(RunKind.GENERATE, variant, request.model_dump(mode="json"))
     ended: list[Unread] = []
     draws = sys.stdout is not None and sys.stdout.isatty()
 
@@ -216,7 +182,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         if phase.startswith("waiting"):
             print(phase, file=sys.stderr)
 
-    with _noticed_interrupt() as interrupted:
+    with noticed_interrupt() as interrupted:
         watcher = Watcher(
             cancelled=lambda: bool(interrupted or ended), on_token=write, on_phase=on_phase
         )
@@ -224,7 +190,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         error = error_from_json(run.error_kind, run.error or "") if run.error_kind else None
         if isinstance(error, REFUSED):
             raise error
-        kept = not options.no_save and _kept(run, tokens, variant)
+        saved = not options.no_save and kept(run, tokens, variant)
     if tokens and not options.json and not ended:
         say("")
     if ended:
@@ -241,45 +207,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         "threads": variant.placement.resolved_threads,
         "seed": request.seed,
         "variant": variant.hash,
-        "run_id": run.id if kept else None,
+        "run_id": run.id if saved else None,
     }
-
-
-def _kept(run: Run, tokens: Sequence[Token], variant: Variant) -> bool:
-    """Keep the run in the database; where that fails, say so: the text is there all the same."""
-    try:
-        store = open_store()
-        try:
-            store.add_variant(
-                variant.hash,
-                variant.model_dump(mode="json"),
-                provenance(variant.weights_id, variant.placement.resolved_threads),
-            )
-            store.add_run(run)
-            store.finish_run(run, tokens)
-        finally:
-            store.close()
-    except StoreError as error:
-        print(f"This run could not be kept: {error}", file=sys.stderr)
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _noticed_interrupt() -> Iterator[list[int]]:
-    """Note Ctrl-C in the list that is given out; a second one ends the program at once."""
-    noticed: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if noticed:
-            raise KeyboardInterrupt
-        noticed.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noticed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _tolerate_any_text() -> None:
@@ -299,38 +228,12 @@ def _drawable(text: str) -> str:
     )
 
 
-def _catalogue() -> Catalogue:
-    return Catalogue(models_dir())
-
-
-def _variant(options: argparse.Namespace, catalogue: Catalogue) -> Variant:
-    require_device(options.device)
-    recipe = Recipe()
-    if options.recipe:
-        recipe = Recipe.model_validate(
-            {"passes": _json("--recipe", options.recipe, '[{"pass": "int8"}]')}
-        )
-    placement, recipe = place(options.precision, options.device, options.threads, recipe)
-    try:
-        spec, weights_id = catalogue.identity(options.model, paths=True)
-    except UnknownModel as error:
-        if "/" not in options.model:
-            raise
-        raise UnknownModel(
-            f"There is no model folder or .gguf file {brief(options.model)!r}; `models list` "
-            "shows the names that need no path."
-        ) from error
-    return Variant(
-        model=options.model, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
-    )
-
-
 def _request(options: argparse.Namespace) -> Request:
     prompt = _standard_input() if options.prompt == "-" else options.prompt
     messages: Any = ()
     if options.messages:
         example = '[{"role": "user", "content": "Hello"}]'
-        messages = _json("--messages", options.messages, example)
+        messages = json_option("--messages", options.messages, example)
     elif options.chat and prompt:
         messages, prompt = (Message(role="user", content=prompt),), ""
     return Request.model_validate(
@@ -356,15 +259,6 @@ def _request(options: argparse.Namespace) -> Request:
             },
         }
     )
-
-
-def _json(option: str, text: str, example: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(
-            f"{option} is no JSON ({one_line(str(error))}); write a list such as {example}."
-        ) from None
 
 
 def _standard_input() -> str:
@@ -401,10 +295,6 @@ def _entry_json(entry: ModelEntry) -> dict[str, Any]:
     }
 
 
-def _progress_line(ratio: float) -> None:
-    print(f"\r{ratio:4.0%}", end="" if ratio < 1 else "\n", file=sys.stderr, flush=True)
-
-
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, and where help is, without the whole usage."""
 
@@ -430,11 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "devices", devices_list, "list the devices of this machine")
 
     one = _command(commands, "generate", generate, "generate text")
-    one.add_argument("--model", default="smollm2-135m", help="a catalogue name or any path")
-    one.add_argument("--precision", default="fp32", choices=PRECISIONS)
-    one.add_argument("--device", default="cpu")
-    one.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    one.add_argument("--recipe", help="a JSON list of passes")
+    add_variant_arguments(one)
     one.add_argument("--prompt", default="", help="the text to continue; - reads standard input")
     one.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     one.add_argument("--messages", help="a whole chat, as a JSON list of {role, content}")
@@ -444,8 +330,6 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end before this text; may be repeated"
     )
     one.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
-    one.add_argument("--wait", action="store_true", help="wait for a device that is taken")
-    one.add_argument("--no-save", action="store_true", help="keep nothing in the database")
     for name in (
         "temperature",
         "top_k",
@@ -463,6 +347,15 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{field.description} (default {field.default})".replace("%", "%%"),
         )
     one.add_argument("--overflow", default="refuse", choices=("refuse", "cut"))
+
+    measured = _command(
+        commands, "bench", measuring.bench, "measure load, prefill, decode and whole requests"
+    )
+    measuring.add_bench_arguments(measured)
+    compared = _command(
+        commands, "compare", measuring.compare, "measure two variants in turn: who is faster"
+    )
+    measuring.add_compare_arguments(compared)
 
     planned = _command(commands, "plan", lambda chosen: planning.plan(chosen, say), PLAN_HELP)
     planning.add_arguments(planned)
