@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import ModelEntry
-from gptcore.cli import measuring
+from gptcore.cli import evaluate, measuring
 from gptcore.cli.terminal import (
     REFUSED,
     Unread,
@@ -356,6 +356,14 @@ def _parser() -> argparse.ArgumentParser:
         commands, "compare", measuring.compare, "measure two variants in turn: who is faster"
     )
     measuring.add_compare_arguments(compared)
+
+    evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    scored = _command(
+        evaluations, "perplexity", evaluate.perplexity, "perplexity, alone or against another"
+    )
+    evaluate.add_arguments(scored)
 
     planned = _command(commands, "plan", lambda chosen: planning.plan(chosen, say), PLAN_HELP)
     planning.add_arguments(planned)
