@@ -58,7 +58,7 @@ def stages(logits: Floats, sampling: Sampling, seen_ids: Sequence[int] = ()) -> 
         )
     chain = [_softmax(logits)]
     if sampling.repetition_penalty != 1.0 and len(seen_ids):
-        logits = _penalised(logits, sampling.repetition_penalty, seen_ids)
+        logits = penalised(logits, sampling.repetition_penalty, seen_ids)
         chain.append(_softmax(logits))
     else:
         chain.append(chain[-1])
@@ -68,6 +68,15 @@ def stages(logits: Floats, sampling: Sampling, seen_ids: Sequence[int] = ()) -> 
     chain.append(_min_p(chain[-1], sampling.min_p))
     assert len(chain) == len(STAGES)
     return chain
+
+
+def penalised(logits: Floats, penalty: float, seen_ids: Sequence[int]) -> Floats:
+    """Return the logits after the repetition penalty: (V,)."""
+    seen = np.unique(np.asarray(seen_ids, dtype=np.int64))
+    made = logits.copy()
+    old = logits[seen]
+    made[seen] = np.where(old > 0, old / np.float32(penalty), old * np.float32(penalty))
+    return made
 
 
 def uniform(seed: int, position: int) -> float:
@@ -116,14 +125,6 @@ def likeliest(logits: Floats, count: int) -> NDArray[np.int64]:
 def _softmax(logits: Floats) -> Stage:
     weights = np.exp(logits - logits.max())
     return Stage(weights, float(weights.sum(dtype=np.float64)))
-
-
-def _penalised(logits: Floats, penalty: float, seen_ids: Sequence[int]) -> Floats:
-    seen = np.unique(np.asarray(seen_ids, dtype=np.int64))
-    penalised = logits.copy()
-    old = logits[seen]
-    penalised[seen] = np.where(old > 0, old / np.float32(penalty), old * np.float32(penalty))
-    return penalised
 
 
 def _tempered(logits: Floats, temperature: float) -> Stage | None:
