@@ -34,6 +34,10 @@ from gptcore.errors import (
 )
 from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
+from gptcore.measure.compare import Compare as Compare
+from gptcore.measure.report import comparison_page
+from gptcore.measure.statistics import StopRule as StopRule
+from gptcore.measure.timing import Cell as Cell
 from gptcore.monitor import Monitor, gpu_collector, machine_collectors
 from gptcore.monitor.prometheus import Metrics
 from gptcore.monitor.traffic import Traffic
@@ -299,6 +303,44 @@ class Lab:
         live.problem = problem or self._try_to_save(lambda store: store.add_run(run))
         self._host(device).submit(Order(live, run.id, "work"))
         return run.id
+
+    def noise_floor(self, device: str) -> Mapping[str, Any] | None:
+        """Return the latest noise floor that was measured on ``device``, None if there is none.
+
+        It is that of the last comparison of a variant with itself, on this processor or GPU.
+        """
+        here = provenance()
+        for run in self._store.runs(kind=RunKind.COMPARE, state=RunState.DONE, limit=200):
+            made = self.run_provenance(run)
+            floor = (run.result or {}).get("noise_floor")
+            if (
+                floor
+                and run.device == device
+                and made
+                and (made.cpu, made.gpu)
+                == (
+                    here.cpu,
+                    here.gpu,
+                )
+            ):
+                return {**floor, "run_id": run.id}
+        return None
+
+    def compare(self, work: Compare) -> str:
+        """Queue a comparison with this machine's noise floor, and return its run id.
+
+        Raises:
+            DeviceAbsent, InvalidInput: nothing was queued.
+        """
+        if floor := self.noise_floor(work.variants[0].placement.device):
+            work = work.model_copy(
+                update={"noise_floor": floor["ratio"], "noise_floor_at": floor["at"]}
+            )
+        return self.start(work)
+
+    def comparison_page(self, run: Run) -> str:
+        """Return the result of a comparison as one HTML page that needs nothing else."""
+        return comparison_page(run, self.run_provenance(run))
 
     def check(self, variant: Variant, request: Request) -> int:
         """Return the number of prompt tokens of a request that could run.

@@ -44,6 +44,14 @@ page = st.navigation(
                 "could have said.",
             ),
             st.Page(
+                links.COMPARE,
+                title="Compare",
+                icon=":material/compare_arrows:",
+                url_path="compare",
+                help="Two to four variants on the same prompt and the same work: who is faster, "
+                "and how sure that is.",
+            ),
+            st.Page(
                 links.MODELS,
                 title="Models",
                 icon=":material/database:",

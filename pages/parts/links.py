@@ -7,6 +7,7 @@ from pathlib import Path
 _PAGES = Path(__file__).parents[1]
 HOME = _PAGES / "start" / "home.py"
 PLAYGROUND = _PAGES / "lab" / "playground.py"
+COMPARE = _PAGES / "lab" / "compare.py"
 MODELS = _PAGES / "lab" / "models.py"
 PLAN = _PAGES / "plan" / "plan.py"
 LIVE = _PAGES / "operate" / "live.py"

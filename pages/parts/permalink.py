@@ -109,15 +109,15 @@ def read(
     return values, problems
 
 
-def pack(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the turns of a chat as a short text that is safe in an address."""
-    plain = json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
+def pack(value: Any) -> str:
+    """Return JSON-able values, such as a chat, as a short text that is safe in an address."""
+    plain = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     squeezed = zlib.compress(plain.encode("utf-8", "surrogatepass"), 9)
     return base64.urlsafe_b64encode(squeezed).decode().rstrip("=")
 
 
-def unpack(text: str) -> list[dict[str, Any]]:
-    """Return the turns of ``pack``.
+def unpacked(text: str) -> bytes:
+    """Return the JSON that ``pack`` was given.
 
     Raises:
         ValueError: it is damaged, or longer than any chat.
@@ -126,10 +126,22 @@ def unpack(text: str) -> list[dict[str, Any]]:
         squeezed = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
         unfold = zlib.decompressobj()
         plain = unfold.decompress(squeezed, MAX_CHAT_BYTES)
-        if unfold.unconsumed_tail:
-            raise ValueError(f"The chat of this link is longer than {MAX_CHAT_BYTES:,} bytes.")
-        turns = _messages.validate_json(plain)
-    except (binascii.Error, zlib.error, ValidationError, UnicodeEncodeError):
+    except (binascii.Error, zlib.error, UnicodeEncodeError):
+        raise ValueError("This part of the link is damaged.") from None
+    if unfold.unconsumed_tail:
+        raise ValueError(f"This part of the link is longer than {MAX_CHAT_BYTES:,} bytes.")
+    return plain
+
+
+def unpack(text: str) -> list[dict[str, Any]]:
+    """Return the turns of a chat from ``pack``.
+
+    Raises:
+        ValueError: it is damaged, or longer than any chat.
+    """
+    try:
+        turns = _messages.validate_json(unpacked(text))
+    except ValidationError:
         raise ValueError("The chat of this link is damaged.") from None
     return [turn.model_dump(mode="json") for turn in turns]
 

@@ -28,7 +28,7 @@ ID_CHARS = 64
 TOLD_AGAIN_S = 2.0
 
 
-def _as_in(owner: Any, name: str) -> Any:
+def as_in(owner: Any, name: str) -> Any:
     """Return the field of another value, so that range and help are said once."""
     return copy(owner.model_fields[name])
 
@@ -42,18 +42,18 @@ class Settings(Sampling):
 
     model: str = Field("smollm2-135m", max_length=100, title="Model")
     precision: Literal["fp32", "bf16", "fp16", "int8", "int4"] = Field("fp32", title="Precision")
-    device: str = _as_in(Placement, "device")
-    threads: int = _as_in(Placement, "threads")
+    device: str = as_in(Placement, "device")
+    threads: int = as_in(Placement, "threads")
     mode: Literal["chat", "completion"] = Field("chat", title="Mode")
-    seed: int = _as_in(Request, "seed")
-    max_new_tokens: int = _as_in(Request, "max_new_tokens")
-    stop: tuple[str, ...] = _as_in(Request, "stop")
-    ignore_eos: bool = _as_in(Request, "ignore_eos")
-    overflow: Literal["refuse", "cut"] = _as_in(Request, "overflow")
+    seed: int = as_in(Request, "seed")
+    max_new_tokens: int = as_in(Request, "max_new_tokens")
+    stop: tuple[str, ...] = as_in(Request, "stop")
+    ignore_eos: bool = as_in(Request, "ignore_eos")
+    overflow: Literal["refuse", "cut"] = as_in(Request, "overflow")
     prompt: str = Field("", title="Prompt")
     messages: tuple[Message, ...] = Field((), max_length=1000, title="Chat")
     """Earlier turns of the chat."""
-    forced_ids: tuple[int, ...] = _as_in(Request, "forced_ids")
+    forced_ids: tuple[int, ...] = as_in(Request, "forced_ids")
     """The trunk of a branch that came with a link."""
 
     def request(self) -> Request:

@@ -25,6 +25,7 @@ _CSS = """
 .token.forced { text-decoration: underline dotted
   color-mix(in srgb, var(--st-text-color) 45%, transparent); text-underline-offset: 0.25em; }
 .token:hover, .token:focus-visible { box-shadow: 0 0 0 2px var(--st-primary-color); }
+.token.mark { outline: 2px solid var(--st-red-color); outline-offset: 1px; }
 .text.busy::after { content: "▍"; color: var(--st-primary-color); }
 .box { position: fixed; inset: auto; margin: 0; width: 20rem; padding: 0.5rem; font-size: 0.8125rem;
   line-height: 1.4; color: var(--st-text-color); background: var(--st-background-color);
@@ -64,6 +65,7 @@ def token_text(
     busy: bool,
     key: str,
     before: str = "",
+    mark: int | None = None,
     on_branch: Callable[[], None] = lambda: None,
 ) -> None:
     """Draw the tokens of a run; ``branched`` tells ``on_branch`` which alternative was clicked.
@@ -76,12 +78,14 @@ def token_text(
         busy: whether more will come.
         key: of this drawing on its page.
         before: text that stands dimmed before the first token.
+        mark: index of a token with a frame around it.
         on_branch: called after a click on an alternative.
     """
     data = {
         "run": run_id,
         "busy": busy,
         "before": before,
+        "mark": mark,
         "tokens": [_packed(one, with_alternatives=not busy) for one in tokens],
     }
     _mount(data=data, key=key, on_branch_change=on_branch)

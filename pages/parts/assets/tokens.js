@@ -127,6 +127,8 @@ export function draw({ data, parentElement, setTriggerValue }) {
   state.busy = data.busy
   state.text.append(...data.tokens.slice(drawn).map((token, i) => span(token, drawn + i)))
   if (state.text.children[1]) state.text.children[1].tabIndex = 0
+  for (const made of state.text.querySelectorAll(".mark")) made.classList.remove("mark")
+  if (data.mark !== null) state.text.children[data.mark + 1]?.classList.add("mark")
   state.text.classList.toggle("busy", data.busy)
 }
 

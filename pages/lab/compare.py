@@ -1,0 +1,538 @@
+"""Compare: the same prompt and work on two to four variants, and how sure the answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import streamlit as st
+from pydantic import ValidationError
+
+from gptcore.errors import GptcoreError
+from gptcore.lab import Lab, Snapshot
+from gptcore.records import Run, RunKind, RunState, Token
+from pages.parts import compare_charts, errors, settings
+from pages.parts import format as shown
+from pages.parts.compare_state import (
+    BATCHES,
+    LETTERS,
+    RESULT,
+    Wanted,
+    change,
+    change_side,
+    current,
+    said,
+    say,
+    write_address,
+)
+from pages.parts.services import lab as shared_lab
+from pages.parts.settings import NAMED_PRECISIONS, bound
+from pages.parts.tokens import token_text
+
+TICK_S = 0.25
+VIEWS = ("Speed", "Texts")
+MAX_TTFT_RUNS = 50
+WORDS = {
+    "faster": ":material/trending_up: Faster",
+    "slower": ":material/trending_down: Slower",
+    "less": ":material/trending_down: Less",
+    "more": ":material/trending_up: More",
+    "no detectable difference": ":material/drag_handle: No detectable difference",
+    "incomplete": ":material/hourglass_empty: Incomplete",
+}
+
+
+# What a click does
+
+
+def take(name: str) -> None:
+    """Take a value from its widget."""
+    value = st.session_state[f"compare_{name}"]
+    if value is not None:
+        change(**{name: tuple(value) if isinstance(value, list) else value})
+
+
+def take_side(index: int, name: str) -> None:
+    """Take a side's value from its widget."""
+    change_side(index, **{name: st.session_state[f"side_{index}_{name}"]})
+
+
+def add_side() -> None:
+    """Add a side like the last one."""
+    wanted = current()
+    change(sides=[one.model_dump() for one in (*wanted.sides, wanted.sides[-1])])
+
+
+def remove_side(index: int) -> None:
+    """Take a side away."""
+    sides = [one.model_dump() for one in current().sides]
+    del sides[index]
+    change(sides=sides)
+
+
+def write() -> None:
+    """Let every side write on the prompt."""
+    lab, wanted = shared_lab(), current()
+    entries = {one.name: one for one in lab.models()}
+    runs: list[str] = []
+    try:
+        if not wanted.prompt.strip():
+            say("The prompt is empty: type some text.")
+            return
+        for side, variant in zip(wanted.sides, wanted.variants(lab), strict=True):
+            entry = entries.get(side.model)
+            request = wanted.request(side, chat=bool(entry and entry.chat))
+            runs.append(lab.generate(variant, request, session=settings.session_id()))
+    except (GptcoreError, ValidationError) as error:
+        say(errors.sentence(error))
+    if runs:
+        st.session_state["compare_texts"] = tuple(runs)
+
+
+def measure(noise: bool) -> None:
+    """Measure the sides in turn, or with ``noise`` the first with itself."""
+    lab = shared_lab()
+    try:
+        run_id = lab.compare(current().work(lab, noise=noise))
+    except (GptcoreError, ValidationError) as error:
+        say(errors.sentence(error))
+        return
+    st.session_state["compare_run"] = run_id
+
+
+def close_result() -> None:
+    """Leave the result; it stays in the database under its link."""
+    st.session_state.pop("compare_run", None)
+    st.query_params.pop(RESULT, None)
+
+
+# What the page draws
+
+
+def sides(lab: Lab, wanted: Wanted) -> None:
+    """Draw the variants side by side, each with what decides it."""
+    entries = {one.name: one for one in lab.models() if not one.problem}
+    for index, (column, side) in enumerate(
+        zip(st.columns(len(wanted.sides)), wanted.sides, strict=True)
+    ):
+        with column.container(border=True):
+            with st.container(horizontal=True, vertical_alignment="center"):
+                role = "baseline" if index == 0 else "against A"
+                st.markdown(f"**{LETTERS[index]}** :gray[{role}]", width="stretch")
+                if len(wanted.sides) > 2 and index:
+                    st.button(
+                        "Remove",
+                        key=f"remove_{index}",
+                        icon=":material/close:",
+                        type="tertiary",
+                        on_click=remove_side,
+                        args=(index,),
+                    )
+            names = list(entries) if side.model in entries else [side.model, *entries]
+            st.selectbox(
+                "Model",
+                names,
+                key=bound(f"side_{index}_model", side.model),
+                format_func=lambda name: entries[name].title if name in entries else name,
+                on_change=take_side,
+                args=(index, "model"),
+            )
+            with st.container(horizontal=True):
+                st.selectbox(
+                    "Precision",
+                    NAMED_PRECISIONS,
+                    key=bound(f"side_{index}_precision", side.precision),
+                    on_change=take_side,
+                    args=(index, "precision"),
+                )
+                st.number_input(
+                    "Temperature",
+                    min_value=0.0,
+                    max_value=2.0,
+                    step=0.1,
+                    key=bound(f"side_{index}_temperature", side.temperature, typed=True),
+                    on_change=take_side,
+                    args=(index, "temperature"),
+                    help="For the texts only. 0 takes the likeliest token each time.",
+                )
+
+
+def speed(lab: Lab, wanted: Wanted) -> None:
+    """Draw what is measured, and the comparison that was."""
+    with st.container(border=True):
+        row = st.columns(4)
+        for column, name, label in zip(
+            row,
+            ("prompt_tokens", "new_tokens", "max_pairs"),
+            ("Prompt, tokens", "New tokens", "Pairs of blocks"),
+            strict=False,
+        ):
+            field = Wanted.model_fields[name]
+            low, high = _range(field.metadata)
+            column.number_input(
+                label,
+                min_value=low,
+                max_value=high,
+                key=bound(f"compare_{name}", getattr(wanted, name), typed=True),
+                on_change=take,
+                args=(name,),
+                help=field.description,
+            )
+        row[3].multiselect(
+            "Batch sizes",
+            BATCHES,
+            key=bound("compare_batches", list(wanted.batches)),
+            on_change=take,
+            args=("batches",),
+            help="Verdicts flip with the batch: one sequence is bound by reading the weights, many "
+            "by arithmetic.",
+        )
+        with st.container(horizontal=True, vertical_alignment="center"):
+            busy = running(lab) is not None
+            st.button(
+                "Measure",
+                icon=":material/speed:",
+                type="primary",
+                on_click=measure,
+                args=(False,),
+                disabled=busy,
+                help="Interleaved blocks, A B B A, until every pair is measured.",
+            )
+            st.button(
+                "Measure the noise",
+                icon=":material/graphic_eq:",
+                on_click=measure,
+                args=(True,),
+                disabled=busy,
+                help="A against itself: what this machine makes of no difference at all.",
+            )
+            noise_badge(lab)
+    run_id = st.session_state.get("compare_run") or st.query_params.get(RESULT)
+    if not run_id:
+        st.caption(
+            ":material/info: Nothing is measured yet. Press Measure: blocks of both sides are "
+            "timed in turn, and a verdict is given only where it can be defended."
+        )
+        return
+    if st.query_params.get(RESULT) != run_id:
+        st.query_params[RESULT] = run_id
+    found = lab.snapshot(run_id)
+    if found is None or found.run.kind is not RunKind.COMPARE:
+        st.warning(
+            f"There is no comparison {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, "
+            "or belongs to another database.",
+            icon=":material/search_off:",
+        )
+        st.button("Close", on_click=close_result)
+        return
+    active = not found.run.state.final
+    st.fragment(errors.guarded(comparison), run_every=TICK_S if active else None)(
+        lab, run_id, active
+    )
+
+
+def running(lab: Lab) -> str | None:
+    """Return the comparison that this session has started and that has not ended."""
+    run_id: str | None = st.session_state.get("compare_run")
+    found = lab.snapshot(run_id) if run_id else None
+    return run_id if found and not found.run.state.final else None
+
+
+def noise_badge(lab: Lab) -> None:
+    """Draw this machine's noise floor with its date."""
+    floor = lab.noise_floor(settings.current().device)
+    if floor is None:
+        st.badge("Noise not measured", icon=":material/help:", color="gray")
+        return
+    st.badge(
+        f"Noise ±{shown.share(floor['ratio'] - 1)} · {floor['at'][:10]}",
+        icon=":material/graphic_eq:",
+        color="blue",
+        help="From the last comparison of a variant with itself on this machine. Nothing smaller "
+        "is coloured.",
+    )
+
+
+def comparison(lab: Lab, run_id: str, was_active: bool) -> None:
+    """Draw a comparison while it is measured, and its verdict."""
+    found = lab.snapshot(run_id)
+    if found is None:
+        return
+    run = found.run
+    if was_active and run.state.final:
+        st.rerun()
+    if not run.state.final:
+        with st.container(border=True, horizontal=True, vertical_alignment="center"):
+            st.progress(found.progress or 0.0, text=_phase(found))
+            st.button("Stop", icon=":material/stop:", on_click=lab.cancel, args=(run_id,))
+    elif run.state is not RunState.DONE:
+        errors.show(run.error or f"The comparison ended: {run.state}.")
+    result = run.result
+    if not result or not result["comparisons"]:
+        if run.state.final and result:
+            for side in result["sides"]:
+                if side["problem"]:
+                    errors.show(f"{side['side']}: {side['problem']}")
+        return
+    verdicts(result, final=run.state.final)
+    details(result)
+    if run.state.final:
+        conditions(lab, run, result)
+
+
+def _phase(found: Snapshot) -> str:
+    if found.place is not None:
+        return f"Waiting, place {found.place} in the queue"
+    share = f", {shown.share(found.progress)}" if found.progress else ""
+    return shown.escaped(found.phase[:1].upper() + found.phase[1:]) + share
+
+
+def verdicts(result: Mapping[str, Any], *, final: bool) -> None:
+    """Draw a card a side: what may be said of it in the first cell."""
+    first = result["comparisons"][0]["cell"]
+    letters = [one["side"] for one in result["sides"][1:]]
+    for column, letter in zip(st.columns(len(letters)), letters, strict=True):
+        told = [
+            one for one in result["comparisons"] if one["side"] == letter and one["cell"] == first
+        ]
+        lead = next((one for one in told if one["metric"] == "decode_s"), told[0])
+        side = next(one for one in result["sides"] if one["side"] == letter)
+        with column.container(border=True):
+            st.caption(
+                f"{letter}: {shown.escaped(side['model'])} {side['precision']} against A, "
+                f"{compare_charts.cell_name(first)}"
+            )
+            color = ""
+            if lead["coloured"]:
+                color = "green" if lead["verdict"] in ("faster", "less") else "red"
+            word = WORDS[lead["verdict"]] if final else ":material/hourglass_top: Measuring"
+            st.subheader(f":{color}[{word}]" if color else word)
+            cells = st.columns(len(told))
+            for cell, one in zip(cells, told, strict=True):
+                ratio = "—" if one["ratio"] is None else f"{_times(one)}"
+                cell.metric(
+                    compare_charts.METRICS[one["metric"]],
+                    ratio,
+                    help=shown.escaped(one["sentence"]),
+                )
+                if one["low"] is not None:
+                    cell.caption(f"{one['low']:.3f} to {one['high']:.3f}")
+            if final:
+                st.caption(shown.escaped(lead["sentence"]))
+
+
+def _times(one: Mapping[str, Any]) -> str:
+    return f"{one['ratio']:.3f} ×"
+
+
+def details(result: Mapping[str, Any]) -> None:
+    """Draw every cell's ratio with its interval, and the blocks behind it."""
+    st.plotly_chart(
+        compare_charts.intervals(result["comparisons"], result["noise_floor_used"]),
+        key="compare_intervals",
+        config={"displayModeBar": False},
+    )
+    with st.expander("Every block, in the order of measuring", icon=":material/timeline:"):
+        for cell in result["cells"]:
+            for metric in cell["blocks"]:
+                st.caption(
+                    f"{compare_charts.METRICS[metric]}, {compare_charts.cell_name(cell)}: "
+                    f"{shown.escaped(cell['ended'] or 'not ended yet')}"
+                )
+                st.plotly_chart(
+                    compare_charts.blocks(cell, metric),
+                    key=f"blocks_{compare_charts.cell_name(cell)}_{metric}",
+                    config={"displayModeBar": False},
+                )
+
+
+def conditions(lab: Lab, run: Run, result: Mapping[str, Any]) -> None:
+    """Draw how it was measured, bytes, and what can be taken away."""
+    with st.expander("How this was measured", icon=":material/science:"):
+        st.text(result["method"])
+        st.text(result["residency"])
+        st.text(f"Energy: {result['energy_label']}")
+        rows = [
+            {
+                "side": one["side"],
+                "model": one["model"],
+                "precision": one["precision"],
+                "threads": one["threads"],
+                "memory": shown.size(one.get("resident_bytes")),
+                "a step reads": shown.size(one.get("step_bytes")),
+                "loaded in": shown.duration(one.get("load_s")),
+                "problem": one["problem"] or "",
+            }
+            for one in result["sides"]
+        ]
+        st.dataframe(rows, hide_index=True)
+    with st.container(horizontal=True):
+        st.download_button(
+            "Take it away as HTML",
+            lambda: lab.comparison_page(run),
+            f"comparison-{run.id}.html",
+            "text/html",
+            icon=":material/download:",
+            help="One file that opens without a network.",
+        )
+        st.button("Close", on_click=close_result, help="It stays in the database under its link.")
+        st.caption(
+            "The address of this page leads back to this result, which will not change.",
+            width="content",
+        )
+
+
+def texts(lab: Lab, wanted: Wanted) -> None:
+    """Draw the prompt and what each side writes on it."""
+    with st.container(border=True):
+        st.text_area(
+            "Prompt",
+            key=bound("compare_prompt", wanted.prompt, typed=True),
+            on_change=take,
+            args=("prompt",),
+            height=90,
+        )
+        row = st.columns([1, 1, 2], vertical_alignment="bottom")
+        row[0].number_input(
+            "New tokens",
+            min_value=1,
+            max_value=4096,
+            key=bound("compare_max_new_tokens", wanted.max_new_tokens, typed=True),
+            on_change=take,
+            args=("max_new_tokens",),
+        )
+        row[1].number_input(
+            "Seed",
+            min_value=0,
+            key=bound("compare_seed", wanted.seed, typed=True),
+            on_change=take,
+            args=("seed",),
+            help="The same for every side.",
+        )
+        row[2].button(
+            "Write on all sides", icon=":material/edit_note:", type="primary", on_click=write
+        )
+    runs: tuple[str, ...] = st.session_state.get("compare_texts", ())
+    found = [snapshot for run_id in runs if (snapshot := lab.snapshot(run_id))]
+    if not found:
+        st.caption(":material/info: Nothing is written yet.")
+        return
+    active = any(not one.run.state.final for one in found)
+    st.fragment(errors.guarded(written), run_every=TICK_S if active else None)(lab, runs, active)
+
+
+def written(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
+    """Draw text beside text, with the first token in which each leaves A's."""
+    found = [snapshot for run_id in runs if (snapshot := lab.snapshot(run_id))]
+    if was_active and all(one.run.state.final for one in found):
+        st.rerun()
+    for one in found:
+        lab.watch(one.run.id, settings.session_id())
+    base = found[0]
+    for letter, column, one in zip(LETTERS, st.columns(len(found)), found, strict=False):
+        with column.container(border=True):
+            run = one.run
+            st.caption(f"**{letter}** · {shown.escaped(run.model)} {run.precision}")
+            apart = None if one is base else first_divergent(base.tokens, one.tokens)
+            token_text(
+                run.id,
+                one.tokens,
+                busy=not run.state.final,
+                key=f"text_{letter}",
+                mark=apart,
+            )
+            if run.state in (RunState.FAILED, RunState.INTERRUPTED):
+                errors.show(run.error or str(run.state))
+            elif not run.state.final:
+                st.caption(_phase(one))
+            if one is not base and run.state.final and base.run.state.final:
+                st.caption(divergence_in_words(apart, len(one.tokens)))
+            numbers = run.numbers
+            for row in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")), (("Decode, tokens/s", None),):
+                for cell, (label, name) in zip(st.columns(len(row)), row, strict=True):
+                    cell.metric(
+                        label,
+                        shown.duration(getattr(numbers, name, None))
+                        if name
+                        else shown.number(numbers.decode_tokens_per_s if numbers else None),
+                    )
+    st.caption("One text each names no winner: Speed measures who is faster, and how sure that is.")
+    if all(one.run.state.final for one in found) and all(len(one.tokens) > 2 for one in found):
+        left, right = st.columns(2)
+        left.plotly_chart(
+            compare_charts.gaps(
+                [(letter, one.run, one.tokens) for letter, one in zip(LETTERS, found, strict=False)]
+            ),
+            key="compare_gaps",
+            config={"displayModeBar": False},
+        )
+        right.plotly_chart(
+            compare_charts.firsts(
+                [
+                    (letter, earlier(lab, one.run))
+                    for letter, one in zip(LETTERS, found, strict=False)
+                ]
+            ),
+            key="compare_firsts",
+            config={"displayModeBar": False},
+        )
+
+
+def earlier(lab: Lab, run: Run) -> list[Run]:
+    """Return the last requests of the run's variant, itself included."""
+    runs = lab.runs(kind=RunKind.GENERATE, state=RunState.DONE, model=run.model, limit=500)
+    return [one for one in runs if one.variant_hash == run.variant_hash][:MAX_TTFT_RUNS]
+
+
+def first_divergent(base: Sequence[Token], other: Sequence[Token]) -> int | None:
+    """Return the index of the first token of ``other`` that is not ``base``'s, None if all are."""
+    for index, token in enumerate(other):
+        if index >= len(base) or base[index].id != token.id:
+            return index
+    return None
+
+
+def divergence_in_words(apart: int | None, count: int) -> str:
+    """Return where a text leaves A's."""
+    if apart is None:
+        return f"Token for token the text of A ({count} tokens)."
+    return f"Leaves A's text at token {apart + 1} of {count}."
+
+
+def _range(metadata: Sequence[Any]) -> tuple[int | None, int | None]:
+    low = high = None
+    for one in metadata:
+        low, high = getattr(one, "ge", low), getattr(one, "le", high)
+    return low, high
+
+
+def draw() -> None:
+    """Draw the page."""
+    lab, wanted = shared_lab(), current()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.title("Compare", width="stretch")
+        st.segmented_control(
+            "View",
+            VIEWS,
+            key="compare_view",
+            default=VIEWS[0],
+            required=True,
+            label_visibility="collapsed",
+        )
+        st.button(
+            "Add a side",
+            icon=":material/add:",
+            on_click=add_side,
+            disabled=len(wanted.sides) >= len(LETTERS),
+        )
+    if problem := said():
+        errors.show(problem)
+    sides(lab, wanted)
+    if st.session_state["compare_view"] == "Texts":
+        texts(lab, wanted)
+    else:
+        speed(lab, wanted)
+    write_address(current())
+
+
+draw()

@@ -1,0 +1,140 @@
+"""The pictures of the compare page: gaps between tokens, and ratios with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from gptcore.records import Run, Token
+from pages.parts.plan_charts import GREY, colors, ink
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+METRICS = {"prefill_s": "Prefill time", "decode_s": "Decode time", "energy_j": "Energy"}
+GOOD, BAD = "#12a17c", "#d5455a"
+
+
+def figure(height: int, **layout: Any) -> go.Figure:
+    """Return an empty figure in the theme, with little around it."""
+    import plotly.graph_objects as go
+
+    made = go.Figure()
+    made.update_layout(
+        height=height,
+        margin={"l": 8, "r": 16, "t": 8, "b": 8},
+        showlegend=False,
+        hoverlabel={"namelength": -1},
+        **layout,
+    )
+    return made
+
+
+def gaps(sides: Sequence[tuple[str, Run, Sequence[Token]]]) -> go.Figure:
+    """Draw the inter-token latencies of each side as a box with its points, in milliseconds.
+
+    Args:
+        sides: letter, run, and its tokens.
+    """
+    made = figure(70 + 62 * len(sides), xaxis={"title": "Gap between two tokens, ms"})
+    for (letter, run, tokens), color in zip(sides, colors(), strict=False):
+        written = [token.seconds for token in tokens if not token.forced]
+        made.add_box(
+            x=[1000 * (after - before) for before, after in pairwise(written)],
+            name=f"{letter} · {run.precision}",
+            marker={"color": color, "size": 4},
+            line={"width": 1.5},
+            boxpoints="all",
+            jitter=0.5,
+            pointpos=0,
+            hovertemplate="%{x:.1f} ms<extra>%{fullData.name}</extra>",
+        )
+    made.update_yaxes(autorange="reversed")
+    return made
+
+
+def firsts(sides: Sequence[tuple[str, Sequence[Run]]]) -> go.Figure:
+    """Draw the times to first token of the last requests of each side's variant."""
+    made = figure(70 + 62 * len(sides), xaxis={"title": "Time to first token, ms"})
+    for (letter, runs), color in zip(sides, colors(), strict=False):
+        known = [run.numbers.ttft_s for run in runs if run.numbers and run.numbers.ttft_s]
+        made.add_box(
+            x=[1000 * one for one in known],
+            name=f"{letter} · {len(known)} requests",
+            marker={"color": color, "size": 5},
+            line={"width": 1.5},
+            boxpoints="all",
+            jitter=0.4,
+            pointpos=0,
+            hovertemplate="%{x:.1f} ms<extra>%{fullData.name}</extra>",
+        )
+    made.update_yaxes(autorange="reversed")
+    return made
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    """Return a cell in a few letters: ``batch 4 · 128 + 32``."""
+    return f"batch {cell['batch']} · {cell['prompt_tokens']:,} + {cell['new_tokens']:,}"
+
+
+def intervals(comparisons: Sequence[Mapping[str, Any]], floor: float | None) -> go.Figure:
+    """Draw each cell's ratio to A with its interval; the band is this machine's noise."""
+    known = [one for one in comparisons if one["ratio"] is not None]
+    rows = list(dict.fromkeys(map(_row, known)))
+    made = figure(
+        64 + 30 * max(1, len(rows)),
+        xaxis={"title": "Ratio to A (logarithmic)", "type": "log", "tickformat": ".2~f"},
+        yaxis={"autorange": "reversed", "type": "category"},
+    )
+    if floor:
+        made.add_vrect(x0=1 / floor, x1=floor, fillcolor=GREY, opacity=0.18, line_width=0)
+    made.add_vline(x=1, line={"color": ink(), "width": 1, "dash": "dot"})
+    for one in known:
+        color = GREY
+        if one["coloured"]:
+            color = GOOD if one["verdict"] in ("faster", "less") else BAD
+        made.add_scatter(
+            x=[one["ratio"]],
+            y=[_row(one)],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [one["high"] - one["ratio"]],
+                "arrayminus": [one["ratio"] - one["low"]],
+                "thickness": 2.5,
+                "width": 5,
+            },
+            mode="markers",
+            marker={"color": color, "size": 10},
+            hovertemplate=f"{one['verdict']}<br>{one['ratio']:.3f} "
+            f"({one['low']:.3f} to {one['high']:.3f})<extra>{_row(one)}</extra>",
+        )
+    return made
+
+
+def blocks(cell: Mapping[str, Any], metric: str) -> go.Figure:
+    """Draw every block of a cell in the order of the sides' turns, so that a drift is seen."""
+    made = figure(
+        220, xaxis={"title": "Block of each side"}, yaxis={"title": "ms", "rangemode": "tozero"}
+    )
+    made.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.15})
+    scale, unit = (1.0, "J") if metric.endswith("_j") else (1000.0, "ms")
+    made.update_yaxes(title=unit)
+    for (side, values), color in zip(
+        cell["blocks"].get(metric, {}).items(), colors(), strict=False
+    ):
+        made.add_scatter(
+            x=list(range(1, len(values) + 1)),
+            y=[scale * value for value in values],
+            name=side,
+            mode="lines+markers",
+            line={"color": color, "width": 1.5},
+            marker={"size": 5},
+            hovertemplate=f"%{{y:.3g}} {unit}<extra>{side}</extra>",
+        )
+    return made
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    return f"{one['side']} · {METRICS.get(one['metric'], one['metric'])} · {cell_name(one['cell'])}"

@@ -1,0 +1,158 @@
+"""What the compare page keeps: one frozen value in the session, and its place in the address."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import streamlit as st
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gptcore.lab import Cell, Compare, Lab, StopRule
+from gptcore.recipe import Variant
+from gptcore.records import Request, Sampling
+from pages.parts import errors, permalink, settings
+
+KEY = "compare"
+SAID = "compare_said"
+ADDRESS = "c"
+"""The name in the address under which the whole value stands, packed."""
+RESULT = "result"
+"""The name in the address of a measured comparison, which never changes again."""
+LETTERS = "ABCD"
+BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+class Side(BaseModel):
+    """One variant as a person picks it, with how it draws."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = Field(max_length=100)
+    precision: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+    temperature: float = Field(0.0, ge=0.0, le=2.0)
+
+
+class Wanted(BaseModel):
+    """Everything that decides what is written and measured; the device is the sidebar's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    sides: tuple[Side, ...] = Field(min_length=2, max_length=len(LETTERS))
+    prompt: str = Field("", max_length=200_000)
+    seed: int = settings.as_in(Request, "seed")
+    max_new_tokens: int = settings.as_in(Request, "max_new_tokens")
+    prompt_tokens: int = settings.as_in(Cell, "prompt_tokens")
+    new_tokens: int = settings.as_in(Cell, "new_tokens")
+    batches: tuple[int, ...] = Field((1,), min_length=1, max_length=len(BATCHES))
+    max_pairs: int = settings.as_in(StopRule, "max_pairs")
+    half_width: float | None = settings.as_in(StopRule, "half_width")
+
+    def variants(self, lab: Lab) -> tuple[Variant, ...]:
+        """Return the variant of each side.
+
+        Raises:
+            UnknownModel, InvalidInput, DeviceAbsent: with the way out.
+        """
+        chosen = settings.current()
+        return tuple(
+            lab.variant(one.model, one.precision, chosen.device, chosen.threads)
+            for one in self.sides
+        )
+
+    def request(self, side: Side, *, chat: bool) -> Request:
+        """Return what to ask of one side."""
+        what: dict[str, Any] = {"prompt": self.prompt}
+        if chat:
+            what = {"messages": [{"role": "user", "content": self.prompt}]}
+        sampling = Sampling(temperature=side.temperature).model_dump()
+        return Request.model_validate(
+            {**what, **sampling, "seed": self.seed, "max_new_tokens": self.max_new_tokens}
+        )
+
+    def work(self, lab: Lab, *, noise: bool = False) -> Compare:
+        """Return the comparison to measure, or with ``noise`` that of A with itself."""
+        variants = self.variants(lab)
+        least = StopRule.model_fields["min_pairs"].default
+        return Compare(
+            variants=(variants[0],) * 2 if noise else variants,
+            cells=tuple(
+                Cell(prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens, batch=batch)
+                for batch in (self.batches[:1] if noise else self.batches)
+            ),
+            stop=StopRule(
+                max_pairs=self.max_pairs,
+                min_pairs=min(least, self.max_pairs),
+                half_width=self.half_width,
+            ),
+        )
+
+
+def starting() -> Wanted:
+    """Return what a newcomer finds: the sidebar's model in its precision and in int8."""
+    chosen = settings.current()
+    other: Literal["int8", "fp32"] = "int8" if chosen.precision != "int8" else "fp32"
+    return Wanted(
+        sides=(
+            Side(model=chosen.model, precision=chosen.precision),
+            Side(model=chosen.model, precision=other),
+        ),
+        prompt="Explain in two sentences why the sky is blue.",
+        max_new_tokens=48,
+    )
+
+
+def current() -> Wanted:
+    """Return the session's value, from the address when the page is entered by a link."""
+    if KEY not in st.session_state:
+        st.session_state[KEY] = _from_address() or starting()
+    kept: Wanted = st.session_state[KEY]
+    return kept
+
+
+def _from_address() -> Wanted | None:
+    packed = st.query_params.get(ADDRESS)
+    if not packed:
+        return None
+    try:
+        return Wanted.model_validate_json(permalink.unpacked(packed))
+    except ValidationError as error:
+        say(f"The link's comparison was not used: {errors.sentence(error)}")
+    except ValueError:
+        say("The link's comparison is damaged and was not used.")
+    return None
+
+
+def write_address(wanted: Wanted) -> None:
+    """Make the address hold the whole value, as far as an address can."""
+    packed = permalink.pack(wanted.model_dump(mode="json"))
+    if len(packed) > permalink.MAX_LINK_CHARS:
+        st.query_params.pop(ADDRESS, None)
+    elif st.query_params.get(ADDRESS) != packed:
+        st.query_params[ADDRESS] = packed
+
+
+def change(**changes: Any) -> None:
+    """Change the value; what is refused is said and not taken."""
+    try:
+        st.session_state[KEY] = Wanted.model_validate({**current().model_dump(), **changes})
+    except ValidationError as error:
+        say(errors.sentence(error))
+
+
+def change_side(index: int, **changes: Any) -> None:
+    """Change one side."""
+    sides = [one.model_dump() for one in current().sides]
+    if index < len(sides):
+        sides[index] |= changes
+        change(sides=sides)
+
+
+def say(sentence: str) -> None:
+    """Keep a sentence for the next drawing."""
+    st.session_state[SAID] = sentence
+
+
+def said() -> str | None:
+    """Return what was refused since the last drawing, and forget it."""
+    found: str | None = st.session_state.pop(SAID, None)
+    return found
