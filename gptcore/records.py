@@ -252,6 +252,8 @@ class RunKind(StrEnum):
     TRAIN = "train"
     TUNE = "tune"
     EXPLAIN = "explain"
+    TASKS = "tasks"
+    TEXTS = "texts"
 
 
 class RunState(StrEnum):

@@ -8,14 +8,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptcore.errors import InvalidInput
+from gptcore.explain.work import Explain
 from gptcore.measure.bench import Bench
 from gptcore.measure.compare import Compare
 from gptcore.measure.evaluate import Evaluate
+from gptcore.measure.works_quality import Tasks, Texts
 from gptcore.records import RunKind
 from gptcore.sentences import sentence
 from gptcore.work import Work
 
-WORKS: Mapping[RunKind, type[Work]] = {one.kind: one for one in (Bench, Compare, Evaluate)}
+WORKS: Mapping[RunKind, type[Work]] = {
+    one.kind: one for one in (Bench, Compare, Evaluate, Explain, Tasks, Texts)
+}
 
 
 def work_from_json(kind: RunKind, value: Mapping[str, Any]) -> Work:

@@ -127,7 +127,7 @@ class Evaluate(Work):
         done: list[Scored] = []
 
         def report() -> dict[str, Any]:
-            return summary(read, done).as_json() | _about(self.variant) | about
+            return summary(read, done).as_json() | described(self.variant) | about
 
         telling = _Telling(desk, len(read.windows), report)
         for one in score(read, logits):
@@ -149,9 +149,9 @@ class Evaluate(Work):
             del differences["tokens"]
             return {
                 **summary(read, [one.a for one in done]).as_json(),
-                **_about(self.variant),
+                **described(self.variant),
                 **about,
-                "against": other | _about(against),
+                "against": other | described(against),
                 **differences,
                 "greedy": None,
                 "alternated": not resident,
@@ -230,7 +230,8 @@ def _stoppable(logits: Logits, check: Callable[[], None]) -> Logits:
     return checked
 
 
-def _about(variant: Variant) -> dict[str, Any]:
+def described(variant: Variant) -> dict[str, Any]:
+    """Return which variant a result speaks of."""
     placement = variant.placement
     return {
         "model": variant.model,

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from gptcore.errors import ContextOverflow, InvalidInput, NumericalError
 from gptcore.measure.jsonl import MAX_LINES, read_jsonl
+from gptcore.measure.sets import Sets
 from gptcore.paths import ROOT
 from gptcore.records import checked_text
 from gptcore.sentences import one_line
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from gptcore.tokenizer import Tokenizer
 
 SHIPPED = ROOT / "data" / "tasks"
+SHIPPED_NAME = "shipped"
 MAX_CHOICES = 20
 MAX_EXAMPLES = 32
 BETWEEN_EXAMPLES = "\n\n"
@@ -173,6 +175,29 @@ def shipped_tasks() -> tuple[Item, ...]:
     return load_tasks(SHIPPED)
 
 
+def _require_tasks(content: bytes, name: str) -> None:
+    load_tasks(content, name=name)
+
+
+TASK_SETS = Sets("set of items", "task-sets", _require_tasks, taken=(SHIPPED_NAME,))
+"""The sets that users keep."""
+
+
+def named_tasks(source: str, *, paths: bool = False) -> tuple[Item, ...]:
+    """Return the items of that name: ``shipped``, or a set of the user's.
+
+    Args:
+        source: the name, or a path where ``paths`` is set.
+        paths: whether a path is allowed; a page's visitor names sets only.
+
+    Raises:
+        InvalidInput: there is no such set, or it cannot be read.
+    """
+    if source == SHIPPED_NAME:
+        return shipped_tasks()
+    return load_tasks(TASK_SETS.find(source, paths=paths))
+
+
 def kinds_of(items: Iterable[Item]) -> tuple[str, ...]:
     """Return the names of the kinds, in order of the alphabet."""
     return tuple(sorted({item.kind for item in items}))
@@ -218,6 +243,11 @@ class Answered:
         ]
         ours = scores.pop(self.answer)
         return ours > max(scores)
+
+    @property
+    def best(self) -> int:
+        """The place of the likeliest choice; of the first, if there are several."""
+        return self.logprobs.index(max(self.logprobs))
 
     @property
     def right_logprob(self) -> float:

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from gptcore.errors import InvalidInput
 from gptcore.measure.jsonl import MAX_LINES, read_jsonl
+from gptcore.measure.sets import Sets
 from gptcore.records import checked_text
 
 MAX_CHARS = 20_000
@@ -65,6 +66,13 @@ class Pair(BaseModel):
     @classmethod
     def _readable(cls, text: str | None) -> str | None:
         return text if text is None else checked_text(text, "text")
+
+    @field_validator("prompt")
+    @classmethod
+    def _some(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: write what is asked, or leave the line out")
+        return prompt
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Pair:
@@ -145,6 +153,23 @@ def read_pairs(source: Path | bytes, *, name: str = "") -> tuple[Pair, ...]:
         InvalidInput: it is no such file; the sentence names the line and the field.
     """
     return tuple(pair for _, pair in read_jsonl(source, Pair, name=name))
+
+
+def _require_pairs(content: bytes, name: str) -> None:
+    read_pairs(content, name=name)
+
+
+PAIR_SETS = Sets("set of pairs", "pair-sets", _require_pairs)
+"""The sets that users keep."""
+
+
+def named_pairs(source: str, *, paths: bool = False) -> tuple[Pair, ...]:
+    """Return the pairs of that name, or at that path where ``paths`` is set.
+
+    Raises:
+        InvalidInput: there is no such set, or it cannot be read.
+    """
+    return read_pairs(PAIR_SETS.find(source, paths=paths))
 
 
 def score_pairs(
