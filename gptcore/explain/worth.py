@@ -5,6 +5,12 @@ what taking it out of the weights does (Michel et al. 2019, arXiv:1905.10650); a
 the stream pass by its attention, its MLP, or both. Each change of the mean loss stands beside its
 standard error over the tokens, paired with the whole model's loss on the same tokens.
 
+The loss asks whether the text was predicted better, which on a short text is much chance; the
+divergence asks how far the predictions moved, whatever the text went on with. So the ranking goes
+by the divergence. On SmolLM2, heads ranked on 37 tokens, loss on three other texts (3.55 with all
+heads) with 10, 20 and 30 % of the heads off: by the change of the loss 5.2, 5.4 and 5.0; by the
+divergence 3.59, 3.71 and 3.79.
+
 Blocks before the one that is changed are not computed again.
 
 Letters of shapes: B variants of one text, T tokens, W width, H heads, D head width.
@@ -43,6 +49,8 @@ class Worth:
     """Nats a token; above 0 the text is predicted worse without it."""
     standard_error: float
     """Of that mean, over the tokens."""
+    kl_nats: float
+    """KL(whole ‖ without the part) of the next token, a mean over the tokens."""
 
 
 @contextmanager
@@ -71,7 +79,8 @@ def losses(model: GPT, ids: Sequence[int]) -> Tensor:
     with torch.inference_mode():
         batch = torch.tensor([list(ids)], device=model.embedding.weight.device)
         x, where = model.enter(batch)
-        return _losses(model, x, where, 0, batch[0])[0]
+        (logs,) = _logs(model, x, where, 0)
+        return _losses(logs, batch[0])
 
 
 def worth(
@@ -96,14 +105,24 @@ def worth(
     with torch.inference_mode():
         text = torch.tensor(list(ids), device=model.embedding.weight.device)  # (T,)
         x, where = model.enter(text[None])
-        whole = _losses(model, x, where, 0, text)[0]
+        (logs,) = _logs(model, x, where, 0)
+        whole = _losses(logs, text)
         for layer, block in enumerate(model.blocks):
             for part, head, stream in _switched_off(model, layer, x, where, AT_ONCE // len(text)):
-                changes = _losses(model, stream, where, layer + 1, text) - whole
-                found += [
-                    Worth(part, layer, first, float(one.mean()), float(one.std() / len(one) ** 0.5))
-                    for first, one in zip(head, changes, strict=True)
-                ]
+                after = _logs(model, stream, where, layer + 1)
+                for one, without in zip(head, after, strict=True):
+                    change = _losses(without, text) - whole
+                    moved = (logs.exp() * (logs - without)).sum(-1)  # (T − 1,)
+                    found.append(
+                        Worth(
+                            part,
+                            layer,
+                            one,
+                            loss_change=float(change.mean()),
+                            standard_error=float(change.std() / len(change) ** 0.5),
+                            kl_nats=float(moved.mean()),
+                        )
+                    )
             x = block(x, where, None, layer)
             tell((layer + 1) / len(model.blocks), found)
     return float(whole.mean()), found
@@ -139,32 +158,30 @@ def _switched_off(
 
 
 def least_worth(found: Sequence[Worth], part: Part = "head") -> list[Worth]:
-    """Return the parts of one kind in the order in which pruning would take them out."""
-    return sorted((one for one in found if one.part == part), key=lambda one: one.loss_change)
+    """Return the parts of one kind in the order in which pruning should take them out."""
+    return sorted((one for one in found if one.part == part), key=lambda one: one.kl_nats)
 
 
-def _losses(model: GPT, x: Tensor, where: Positions, layer: int, text: Tensor) -> Tensor:
-    """Return the losses of texts whose stream in front of ``layer`` is known: (B, T − 1).
+def _logs(model: GPT, x: Tensor, where: Positions, layer: int) -> Iterator[Tensor]:
+    """Yield the log-probabilities of each text whose stream is known: (T − 1, V) float32.
+
+    One text at a time: they are V/W times as large as the stream.
 
     Args:
         model: on its device.
-        x: (B, T, W).
+        x: (B, T, W), the stream in front of ``layer``.
         where: the positions.
         layer: the first block to run.
-        text: (T,), the token ids.
     """
-    import torch
-    from torch.nn import functional as F
-
     for at in range(layer, len(model.blocks)):
         x = model.blocks[at](x, where, None, at)
-    # One text at a time: logits are V/W times as large as the stream.
-    return torch.stack(
-        [
-            F.cross_entropy(model.head(model.norm(row[:-1])).float(), text[1:], reduction="none")
-            for row in x
-        ]
-    )
+    for row in x:
+        yield model.head(model.norm(row[:-1])).float().log_softmax(-1)
+
+
+def _losses(logs: Tensor, text: Tensor) -> Tensor:
+    """Return what (T − 1, V) log-probabilities say of the tokens from the second on: (T − 1,)."""
+    return -logs.gather(-1, text[1:, None])[:, 0]
 
 
 def _without(model: GPT, layer: int, part: Part, x: Tensor, where: Positions) -> Tensor:

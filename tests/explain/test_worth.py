@@ -10,10 +10,13 @@ from gptcore.model import GPT
 from tests.explain.models import IDS, SHAPES, model_of
 
 
-def plain_losses(model: GPT) -> Tensor:
+def plain_logits(model: GPT) -> Tensor:
     with torch.inference_mode():
-        logits = model(torch.tensor([IDS]))[0, :-1]
-        return F.cross_entropy(logits, torch.tensor(IDS[1:]), reduction="none")
+        return model(torch.tensor([IDS]))[0, :-1]
+
+
+def plain_losses(model: GPT) -> Tensor:
+    return F.cross_entropy(plain_logits(model), torch.tensor(IDS[1:]), reduction="none")
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -31,6 +34,13 @@ def test_a_head_is_worth_what_its_weights_are_worth(name: str) -> None:
             width = spec.head_width
             cut.blocks[layer].attention.out.weight[:, head * width : (head + 1) * width] = 0
         change = plain_losses(cut) - whole
+        moved = F.kl_div(
+            plain_logits(cut).log_softmax(-1),
+            plain_logits(model).log_softmax(-1),
+            log_target=True,
+            reduction="none",
+        ).sum(-1)
+        assert one.kl_nats == pytest.approx(float(moved.mean()), abs=1e-4)
         assert one.loss_change == pytest.approx(float(change.mean()), abs=1e-4)
         assert one.standard_error == pytest.approx(
             float(change.std() / len(change) ** 0.5), abs=1e-4
@@ -82,10 +92,10 @@ def test_a_head_that_is_not_there_is_refused() -> None:
 
 def test_the_ranking_begins_with_what_is_missed_least() -> None:
     found = [
-        Worth("head", 0, 0, 0.5, 0.1),
-        Worth("block", 0, None, -1.0, 0.1),
-        Worth("head", 0, 1, -0.2, 0.1),
-        Worth("head", 1, 0, 0.1, 0.1),
+        Worth("head", 0, 0, -0.5, 0.1, kl_nats=0.5),
+        Worth("block", 0, None, -1.0, 0.1, kl_nats=0.0),
+        Worth("head", 0, 1, -0.2, 0.1, kl_nats=0.1),
+        Worth("head", 1, 0, 0.1, 0.1, kl_nats=0.2),
     ]
     assert [(one.layer, one.head) for one in least_worth(found)] == [(0, 1), (1, 0), (0, 0)]
     assert least_worth(found, "block") == [found[1]]
@@ -106,10 +116,7 @@ def test_it_tells_after_every_layer_and_can_be_stopped() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-READ = (
-    "The lighthouse stood at the end of the pier, and every evening the keeper climbed its stairs "
-    "to light the lamp. He had done so for thirty years, in storm and in calm."
-)
+READ = "Every evening the keeper climbed the stairs of the lighthouse to light the lamp."
 HELD_OUT = (
     "Water boils at one hundred degrees Celsius at sea level. On a high mountain the pressure of "
     "the air is lower, so it boils earlier, and food takes longer to cook there."
