@@ -327,11 +327,12 @@ def _times(one: Mapping[str, Any]) -> str:
 
 def details(result: Mapping[str, Any]) -> None:
     """Draw every cell's ratio with its interval, and the blocks behind it."""
-    st.plotly_chart(
-        compare_charts.intervals(result["comparisons"], result["noise_floor_used"]),
-        key="compare_intervals",
-        config={"displayModeBar": False},
-    )
+    if any(one["ratio"] is not None for one in result["comparisons"]):
+        st.plotly_chart(
+            compare_charts.intervals(result["comparisons"], result["noise_floor_used"]),
+            key="compare_intervals",
+            config={"displayModeBar": False},
+        )
     with st.expander("Every block, in the order of measuring", icon=":material/timeline:"):
         for cell in result["cells"]:
             for metric in cell["blocks"]:
@@ -445,17 +446,16 @@ def written(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
                 errors.show(run.error or str(run.state))
             elif not run.state.final:
                 st.caption(_phase(one))
-            if one is not base and run.state.final and base.run.state.final:
+            if one is not base and run.state is base.run.state is RunState.DONE:
                 st.caption(divergence_in_words(apart, len(one.tokens)))
             numbers = run.numbers
-            for row in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")), (("Decode, tokens/s", None),):
-                for cell, (label, name) in zip(st.columns(len(row)), row, strict=True):
-                    cell.metric(
-                        label,
-                        shown.duration(getattr(numbers, name, None))
-                        if name
-                        else shown.number(numbers.decode_tokens_per_s if numbers else None),
-                    )
+            told = {
+                "TTFT": shown.duration(numbers.ttft_s if numbers else None),
+                "TPOT": shown.duration(numbers.tpot_s if numbers else None),
+                "Decode, tokens/s": shown.number(numbers.decode_tokens_per_s if numbers else None),
+            }
+            for cell, (label, value) in zip(st.columns(len(told)), told.items(), strict=True):
+                cell.metric(label, value)
     st.caption("One text each names no winner: Speed measures who is faster, and how sure that is.")
     if all(one.run.state.final for one in found) and all(len(one.tokens) > 2 for one in found):
         left, right = st.columns(2)
