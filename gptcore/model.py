@@ -49,6 +49,14 @@ class KVCache:
         assert 0 <= length <= self.length
         self.length = length
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget every sequence but ``rows``, (n,) int64 in ascending order."""
+        for layer in (one for pair in self._layers for one in pair):
+            known = layer.narrow(2, 0, self.length)  # (B, G, S, D)
+            known[: len(rows)] = known[rows]
+        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+        self._layers = tuple(zip(self.k, self.v, strict=True))
+
 
 class Positions(NamedTuple):
     """What the T new positions of a call have in common in all layers."""
