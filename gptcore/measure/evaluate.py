@@ -30,6 +30,7 @@ from gptcore.measure.perplexity import (
     Passage,
     Scored,
     Windowing,
+    call_tokens,
     model_logits,
     passage,
     require_context,
@@ -109,7 +110,11 @@ class Evaluate(Work):
         tokenizer, context = _read_by(desk, self.variant)
         read = passage(text, tokenizer, self.windowing)
         require_context(read, context, self.variant.model)
-        about = {"text": text.name, "text_tokens": len(read.ids)}
+        about = {
+            "text": text.name,
+            "text_tokens": len(read.ids),
+            "call_tokens": call_tokens(self.variant.spec.vocabulary),
+        }
         if self.against is None:
             return self._alone(desk, read, about)
         other, shorter = _read_by(desk, self.against)

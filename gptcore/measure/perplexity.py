@@ -398,6 +398,11 @@ def require_finite(costs: Floats, at: int) -> None:
         )
 
 
+def call_tokens(vocabulary: int) -> int:
+    """Return how many scored tokens at most go through a model in one call."""
+    return max(1, min(MAX_CHUNK, CHUNK_BYTES // (4 * vocabulary)))
+
+
 def model_logits(model: GPT) -> Logits:
     """Return what asks a model for its logits in chunks of ``CHUNK_BYTES``.
 
@@ -405,7 +410,7 @@ def model_logits(model: GPT) -> Logits:
     """
     import torch
 
-    size = max(1, min(MAX_CHUNK, CHUNK_BYTES // (4 * model.spec.vocabulary)))
+    size = call_tokens(model.spec.vocabulary)
 
     def logits(ids: Tensor, first: int) -> Iterator[Tensor]:
         with torch.inference_mode():
