@@ -42,6 +42,42 @@ Statistic = Literal["hessian", "moments"]
 HESSIAN: tuple[Statistic, ...] = ("hessian",)
 
 
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Return the upper triangular U with Uᵀ·U = (H + damping · mean of H's diagonal · 1)⁻¹.
+
+    Row i of U tells how the columns after i make up for a change of column i, once those before
+    it are fixed: it is what GPTQ and SparseGPT step through.
+
+    Args:
+        hessian: (I, I), symmetric and not negative; not written to.
+        damping: share of the mean curvature; raised tenfold, at most four times, where rounding
+            leaves H not invertible.
+
+    Returns:
+        (I, I) float32.
+
+    Raises:
+        NumericalError: the Hessian holds NaN, or no damping helps.
+    """
+    import torch
+
+    size = hessian.shape[0]
+    mean = hessian.diagonal().mean().item() or 1.0
+    for more in range(5):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * 10**more * mean)
+        # The Cholesky factor of H read backwards is an upper one, L·Lᵀ = H, and U its inverse.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed.item() and lower.isfinite().all():
+            one = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+            return factor
+    raise NumericalError(
+        f"The inputs of a layer of {size:,} columns cannot be inverted: choose another calibration "
+        "text, or more damping."
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """What reached a linear layer, over all tokens; shared by layers that share their input.
@@ -67,6 +103,22 @@ class Statistics:
     def absmax(self) -> Tensor | None:
         """(I,): the largest magnitude of each input channel."""
         return None if self.low is None or self.high is None else (-self.low).maximum(self.high)
+
+
+class Inverses:
+    """Factors of inverse Hessians; layers that share their inputs are given the same one."""
+
+    def __init__(self, damping: float) -> None:
+        self._damping = damping
+        self._last: tuple[Statistics, Tensor] | None = None
+
+    def of(self, seen: Statistics) -> Tensor:
+        """Return the upper Cholesky factor of the damped Hessian's inverse, (I, I)."""
+        assert seen.hessian is not None
+        if self._last is None or self._last[0] is not seen:
+            self._last = None
+            self._last = (seen, inverse_factor(seen.hessian, self._damping))
+        return self._last[1]
 
 
 Visit = Callable[[str, "nn.Linear", Statistics], "nn.Module | None"]

@@ -59,9 +59,9 @@ def text(spec: ModelSpec, sequences: int = 32, tokens: int = 48, seed: int = 3) 
 def applied(
     one: Pass, model: GPT, ids: torch.Tensor | None = None, seed: int = 0
 ) -> tuple[GPT, Coverage]:
-    dtypes: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    half = model.norm.weight.dtype == torch.bfloat16
     context = PassContext(
-        placement=placed(dtypes[model.embedding.weight.dtype]),
+        placement=placed("bf16" if half else "fp32"),
         seed=seed,
         calibration_ids=ids,
         calibration_hash="" if ids is None else text_hash(ids),

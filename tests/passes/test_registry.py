@@ -78,9 +78,12 @@ def test_predicted_bytes_are_positive_and_the_peak_is_no_less(kind: type[Pass], 
     [
         (
             {"pass": "int9"},
-            "There is no pass 'int9'; there are: int4, int8.",
+            f"There is no pass 'int9'; there are: {', '.join(passes())}.",
         ),
-        ({"pass": "x" * 500}, f"There is no pass '{'x' * 39}…'; there are: int4, int8."),
+        (
+            {"pass": "x" * 500},
+            f"There is no pass '{'x' * 39}…'; there are: {', '.join(passes())}.",
+        ),
         ({"pass": "int4", "groups": 32}, "Pass 'int4' has no parameter 'groups'; it has: group."),
         ({"pass": "int8", "group": 32}, "Pass 'int8' has no parameter 'group'; it has none."),
         (
@@ -127,7 +130,7 @@ def test_an_added_file_is_an_added_pass(tmp_path, monkeypatch: pytest.MonkeyPatc
     )
     monkeypatch.setattr(gptcore.passes, "__path__", [*gptcore.passes.__path__, str(tmp_path)])
     monkeypatch.setattr(registry, "_leaves", _only_registered)
-    assert list(passes.__wrapped__()) == ["added", "int4", "int8"]
+    assert list(passes.__wrapped__()) == sorted(["added", *passes()])
 
 
 def test_an_import_error_in_a_pass_is_let_through(
