@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,19 @@ from sqlalchemy.exc import IntegrityError
 
 from gptcore.errors import StoreError
 from gptcore.paths import data_dir
-from gptcore.records import Measurement, Provenance, Reading, Run, RunKind, RunState, Token
-from gptcore.store import rows, tables, timeline
+from gptcore.records import (
+    Annotation,
+    Measurement,
+    Provenance,
+    Reading,
+    Run,
+    RunKind,
+    RunState,
+    Token,
+)
+from gptcore.store import history, rows, tables, timeline
 from gptcore.store.database import KNOWN_VERSION, Database
+from gptcore.store.history import Answer, Filter, Found
 from gptcore.store.tables import escaped
 from gptcore.store.timeline import Latencies, Rates, Series
 
@@ -252,6 +262,54 @@ class Store:
                 )
             )
         return int(marked.rowcount)
+
+    # History
+
+    def history(
+        self, wanted: Filter = Filter(), *, limit: int = 500, offset: int = 0
+    ) -> tuple[tuple[Found, ...], int]:
+        """Return a page of runs as narrow lines, pinned ones first, and how many there are in all.
+
+        Raises:
+            InvalidInput: the order is by no column that can be sorted.
+        """
+        with self._database.reading() as connection:
+            found = history.found(connection, wanted, limit, offset)
+            return found, history.count(connection, wanted)
+
+    def annotation(self, run_id: str) -> Annotation:
+        """Return what was said about a run; an empty one where nothing was."""
+        with self._database.reading() as connection:
+            return history.said_about(connection, [run_id]).get(run_id, Annotation())
+
+    def annotate(self, run_id: str, **changes: Any) -> Annotation:
+        """Change fields of what is said about a run, and return all of it."""
+        table = tables.run_annotations
+        with self._database.writing() as connection:
+            if not connection.execute(
+                select(tables.runs.c.id).where(tables.runs.c.id == run_id)
+            ).first():
+                raise StoreError(f"There is no run {run_id} to say something about.")
+            before = history.said_about(connection, [run_id]).get(run_id, Annotation())
+            after = replace(before, **changes)
+            self._upsert(connection, table, [history.annotation_row(run_id, after)])
+        return after
+
+    def tags(self) -> tuple[str, ...]:
+        """Return every tag in use, sorted."""
+        with self._database.reading() as connection:
+            return history.tags(connection)
+
+    def ask(self, question: str) -> Answer:
+        """Answer a question in SQL over a connection that can change nothing.
+
+        Raises:
+            InvalidInput: it is no SELECT, is wrong, or takes too long.
+        """
+        if self._database.path is not None:
+            return history.ask_sqlite(self._database.path, question)
+        with self._database.reading() as connection:
+            return history.ask_server(connection, question)
 
     # Variants
 
