@@ -7,7 +7,7 @@ is scored where it overlaps or where the model's first-of-text token is put befo
 stands before it, and it is context only.
 
 Windows are computed one at a time and through the cache, as a prompt is: a pass that changes the
-cache is measured too, and one that scales activations by call (int8) sees the calls of a prompt.
+cache is measured too, and one that scales activations by call sees the calls of a prompt.
 
 Letters of shapes: T tokens of a window, t of a chunk of them, V vocabulary.
 """
