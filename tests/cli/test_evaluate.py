@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,12 @@ from typing import Any
 import pytest
 
 from gptcore.__main__ import main
+from gptcore.host import worker
+from gptcore.host.worker import Worker
+from gptcore.measure import evaluate as module
 from gptcore.records import RunKind, RunState
 from gptcore.store import open_store
+from gptcore.work import Loaded
 from tests.tiny import tiny_checkpoint
 
 PROMISED = {"perplexity", "bits_per_byte", "scored_tokens", "identity"}
@@ -115,6 +121,30 @@ def test_a_users_file_is_read(cli: Cli, tmp_path: Path) -> None:
     one = found(cli("--text", file, "--json", "--no-save"))
     assert one["text"] == "mine.txt"
     assert one["perplexity"] != found(cli("--json", "--no-save"))["perplexity"]
+
+
+def test_two_that_do_not_fit_together_take_turns_and_leave_the_memory(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ("--against-precision", "bf16", "--json", "--no-save")
+    together = found(cli(*other))
+    models: list[weakref.ref[Any]] = []
+    build = Worker._built
+
+    def built(self: Worker, *given: Any) -> Loaded:
+        gc.collect()
+        assert [one for one in models if one() is not None] == []
+        loaded = build(self, *given)
+        models.append(weakref.ref(loaded.engine.model))
+        return loaded
+
+    monkeypatch.setattr(worker, "MAX_LOADED", 1)
+    monkeypatch.setattr(worker.Worker, "_built", built)
+    monkeypatch.setattr(module, "MAX_HELD_BYTES", 4 * 31 * 320 * 4)  # 4 of 10 windows
+    in_turns = found(cli(*other))
+    assert in_turns["alternated"] is True
+    assert {**in_turns, "alternated": False} == together
+    assert len(models) == 8
 
 
 REFUSED = {
