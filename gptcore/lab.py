@@ -34,9 +34,12 @@ from gptcore.errors import (
 )
 from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
+from gptcore.host.works import WORKS, work_from_json
 from gptcore.measure.compare import Compare as Compare
+from gptcore.measure.guard import differing_conditions, differing_settings
 from gptcore.measure.report import comparison_page
 from gptcore.measure.statistics import StopRule as StopRule
+from gptcore.measure.statistics import median_interval, summary
 from gptcore.measure.timing import Cell as Cell
 from gptcore.monitor import Monitor, gpu_collector, machine_collectors
 from gptcore.monitor.prometheus import Metrics
@@ -45,6 +48,8 @@ from gptcore.paths import data_dir, models_dir
 from gptcore.provenance import owner, owner_lives, provenance
 from gptcore.recipe import Recipe, Variant, place
 from gptcore.records import (
+    Annotation,
+    Measurement,
     Message,
     Provenance,
     Request,
@@ -57,8 +62,12 @@ from gptcore.records import (
     now,
 )
 from gptcore.sampling import likeliest, stages
+from gptcore.sentences import brief
 from gptcore.spec import PRESETS
 from gptcore.store import Store, open_store
+from gptcore.store.history import Answer as Answer
+from gptcore.store.history import Filter as Filter
+from gptcore.store.history import Found as Found
 from gptcore.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from gptcore.work import Work
 
@@ -472,6 +481,10 @@ class Lab:
             for rank, (id, row) in enumerate(zip(ids, table, strict=True), start=1)
         )
 
+    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
+        """Return each token of a model alone as text, for showing."""
+        return tuple(map(self._tokenizer(model).token_text, ids))
+
     def count_tokens(self, model: str, prompt: str, messages: Sequence[Message] = ()) -> int:
         """Return the number of prompt tokens, chat template included."""
         return len(self._tokenizer(model).encode_prompt(prompt, tuple(messages)))
@@ -491,6 +504,68 @@ class Lab:
         """Return the tokens of a run."""
         found = self.snapshot(run_id)
         return found.tokens if found else ()
+
+    def history(
+        self, wanted: Filter = Filter(), *, limit: int = 500, offset: int = 0
+    ) -> tuple[tuple[Found, ...], int]:
+        """Return a page of runs as narrow lines, and how many there are in all pages."""
+        return self._store.history(wanted, limit=limit, offset=offset)
+
+    def annotation(self, run_id: str) -> Annotation:
+        """Return what was said about a run."""
+        return self._store.annotation(run_id)
+
+    def annotate(self, run_id: str, **changes: Any) -> Annotation:
+        """Change tags, note, pinned, archived or baseline of a run."""
+        return self._store.annotate(run_id, **changes)
+
+    def tags(self) -> tuple[str, ...]:
+        """Return every tag in use."""
+        return self._store.tags()
+
+    def ask(self, question: str) -> Answer:
+        """Answer a question in SQL over a connection that can change nothing."""
+        return self._store.ask(question)
+
+    def measurements(self, run_id: str) -> tuple[Measurement, ...]:
+        """Return every measured number of a run with all its observations."""
+        return self._store.measurements(run_id)
+
+    def in_words(self, observations: Sequence[float]) -> str:
+        """Return the median of observations, with its 95 % interval where there are enough."""
+        found = summary(observations)
+        interval = median_interval(observations)
+        if interval is None:
+            return f"{found.median:.4g} (n = {found.n})"
+        low, high = interval
+        return f"{found.median:.4g} [{low:.4g} to {high:.4g}] (n = {found.n})"
+
+    def differences(
+        self, run_ids: Sequence[str]
+    ) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[str, ...]]]:
+        """Return in which settings and in which conditions runs differ, each with its values."""
+        runs = [found.run for one in run_ids if (found := self.snapshot(one))]
+        made = [(run, self.run_provenance(run)) for run in runs]
+        return differing_settings(runs), differing_conditions(made)
+
+    def again(self, run_id: str) -> str:
+        """Do once more what a run did, linked to it; return the id of the new run.
+
+        Raises:
+            InvalidInput: the run is gone, or is of a kind that cannot be repeated.
+            GptcoreError: as ``generate`` and ``start``.
+        """
+        found = self.snapshot(run_id)
+        if found is None:
+            raise InvalidInput(f"There is no run {brief(run_id)} to do again.")
+        run = found.run
+        if run.kind in WORKS:
+            return self.start(work_from_json(run.kind, run.settings), parent_id=run_id)
+        kept = self._store.variant(run.variant_hash or "")
+        if run.kind is not RunKind.GENERATE or kept is None:
+            raise InvalidInput(f"A run of the kind {run.kind} cannot be done again from here.")
+        variant = Variant.model_validate(kept[0])
+        return self.generate(variant, Request.model_validate(run.settings), parent_id=run_id)
 
     def run_provenance(self, run: Run) -> Provenance | None:
         """Return what made a run: machine, versions, weights."""

@@ -52,6 +52,14 @@ page = st.navigation(
                 "and how sure that is.",
             ),
             st.Page(
+                links.EXPLAIN,
+                title="Explain",
+                icon=":material/visibility:",
+                url_path="explain",
+                help="What happens inside a model: one draw, attention, layers, attribution, "
+                "heads, differences, and the time of a step.",
+            ),
+            st.Page(
                 links.MODELS,
                 title="Models",
                 icon=":material/database:",
@@ -75,6 +83,13 @@ page = st.navigation(
                 icon=":material/monitoring:",
                 url_path="live",
                 help="Latency, throughput, errors and the machine, now and over 30 days.",
+            ),
+            st.Page(
+                links.HISTORY,
+                title="History",
+                icon=":material/history:",
+                url_path="history",
+                help="Every run: find it, note something on it, hold it against others.",
             ),
         ],
     }

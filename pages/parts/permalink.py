@@ -130,6 +130,8 @@ def unpacked(text: str) -> bytes:
         raise ValueError("This part of the link is damaged.") from None
     if unfold.unconsumed_tail:
         raise ValueError(f"This part of the link is longer than {MAX_CHAT_BYTES:,} bytes.")
+    if not unfold.eof:
+        raise ValueError("This part of the link is damaged.")
     return plain
 
 

@@ -17,9 +17,11 @@ from tests.tiny import tiny_checkpoint
 FILES = {
     "A laboratory for GPT models": "",
     "Playground": "lab/playground.py",
+    "Compare": "lab/compare.py",
     "Models": "lab/models.py",
     "Plan": "plan/plan.py",
     "Live": "operate/live.py",
+    "History": "operate/history.py",
 }
 
 

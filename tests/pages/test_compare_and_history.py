@@ -1,0 +1,221 @@
+"""Compare and History with a real lab and a tiny model: a verdict, texts, notes, questions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from gptcore.lab import Cell, Compare, Lab, StopRule
+from gptcore.records import Request, RunKind, RunState
+from pages.parts import services
+from pages.parts.compare_state import Side, Wanted
+from pages.parts.permalink import pack
+from tests.conftest import ROOT
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture
+def lab(data_folder: Path) -> Iterator[Lab]:
+    tiny_checkpoint(data_folder / "models" / "tiny")
+    with Lab.open(monitor=False) as lab:
+        services.set_lab(lab)
+        yield lab
+        services.set_lab(None)
+
+
+WANTED = Wanted(
+    sides=(Side(model="tiny"), Side(model="tiny", precision="bf16")),
+    prompt="The fox",
+    max_new_tokens=6,
+    prompt_tokens=8,
+    new_tokens=4,
+    max_pairs=6,
+)
+
+
+def page(file: str, **query: str) -> AppTest:
+    test = AppTest.from_file(str(ROOT / "pages" / "main.py"), default_timeout=60)
+    for name, value in query.items():
+        test.query_params[name] = value
+    test.run()
+    test.switch_page(file).run()
+    assert not test.exception
+    return test
+
+
+def compare(**query: str) -> AppTest:
+    return page("lab/compare.py", c=pack(WANTED.model_dump(mode="json")), threads="1", **query)
+
+
+def clicked(test: AppTest, label: str) -> AppTest:
+    (button,) = (one for one in test.button if one.label == label)
+    button.click().run()
+    assert not test.exception
+    return test
+
+
+def errors(test: AppTest) -> list[str]:
+    return [one.value.replace("\\", "") for one in test.error]
+
+
+def measured(lab: Lab, count: int = 1) -> str:
+    deadline = time.monotonic() + 60
+    while True:
+        runs = lab.runs(kind=RunKind.COMPARE)
+        if len(runs) >= count and all(one.state.final for one in runs):
+            assert runs[0].state is RunState.DONE, runs[0].error
+            return runs[0].id
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_measuring_gives_a_verdict_under_a_link_that_keeps_it(lab: Lab) -> None:
+    test = clicked(compare(), "Measure")
+    assert errors(test) == []
+    run_id = measured(lab)
+    test.run()
+    again = compare(result=run_id)
+    assert again.query_params["result"] in (run_id, [run_id])
+    words = [one.value for one in again.subheader]
+    assert any(
+        word in text for text in words for word in ("Faster", "Slower", "No detectable difference")
+    )
+    assert {"Prefill time", "Decode time"} <= {one.label for one in again.metric}
+
+
+def test_the_noise_is_measured_and_stands_on_its_badge(lab: Lab) -> None:
+    test = compare()
+    assert any("Noise not measured" in one.value for one in test.markdown)
+    clicked(test, "Measure the noise")
+    measured(lab)
+    test.run()
+    floor = lab.noise_floor("cpu")
+    assert floor is not None
+    assert any(f"{floor['at'][:10]}" in one.value for one in test.markdown)
+    run_id = lab.compare(
+        Compare(
+            variants=(lab.variant("tiny", threads=1), lab.variant("tiny", "bf16", threads=1)),
+            cells=(Cell(prompt_tokens=8, new_tokens=4),),
+            stop=StopRule(max_pairs=6, min_pairs=6),
+            block_s=0.0,
+        )
+    )
+    assert lab.wait(run_id, 60).run.result["noise_floor_used"] == floor["ratio"]
+
+
+def test_all_sides_write_and_where_they_part_is_said(lab: Lab) -> None:
+    test = compare()
+    test.session_state["compare_view"] = "Texts"
+    test.run()
+    clicked(test, "Write on all sides")
+    runs = test.session_state["compare_texts"]
+    assert len(runs) == 2
+    for run_id in runs:
+        assert lab.wait(run_id, 60).run.state is RunState.DONE
+    test.run()
+    said = [one.value for one in test.caption]
+    assert any("Token for token the text of A" in one or "Leaves A's text" in one for one in said)
+
+
+def test_an_empty_prompt_is_said_and_nothing_is_lost(lab: Lab) -> None:
+    empty = WANTED.model_copy(update={"prompt": "  "})
+    test = page("lab/compare.py", c=pack(empty.model_dump(mode="json")))
+    test.session_state["compare_view"] = "Texts"
+    test.run()
+    clicked(test, "Write on all sides")
+    assert errors(test) == ["The prompt is empty: type some text."]
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({"c": "AAAAAAAA"}, "damaged"),
+        ({"c": "eNqNj8sKwkA"}, "damaged"),
+        ({"c": pack({"sides": []})}, "was not used"),
+        ({"c": pack([1, 2])}, "was not used"),
+    ],
+)
+def test_a_link_that_is_damaged_is_said_and_the_page_works(
+    query: dict[str, str], said: str, lab: Lab
+) -> None:
+    test = page("lab/compare.py", **query)
+    assert any(said in one for one in errors(test))
+    assert any(one.label == "Measure" for one in test.button)
+
+
+@pytest.mark.parametrize("result", ["nobody", "<b>x</b>", "../../etc"])
+def test_a_link_to_a_result_that_is_gone_says_so(result: str, lab: Lab) -> None:
+    test = compare(result=result)
+    assert any("There is no comparison" in one.value for one in test.warning)
+
+
+def test_a_model_that_is_gone_is_one_sentence(lab: Lab) -> None:
+    gone = WANTED.model_copy(update={"sides": (Side(model="gone"), Side(model="tiny"))})
+    test = page("lab/compare.py", c=pack(gone.model_dump(mode="json")))
+    clicked(test, "Measure")
+    (said,) = errors(test)
+    assert "gone" in said
+
+
+def test_sides_are_added_and_taken_away(lab: Lab) -> None:
+    test = clicked(compare(), "Add a side")
+    assert len([one for one in test.selectbox if one.label == "Precision"]) == 1 + 3
+    test.button(key="remove_2").click().run()
+    assert not test.exception
+    assert len([one for one in test.selectbox if one.label == "Precision"]) == 1 + 2
+
+
+def test_the_history_is_empty_at_first_and_says_what_to_do(lab: Lab) -> None:
+    test = page("operate/history.py")
+    assert any("No run yet" in one.value for one in test.caption)
+
+
+def test_a_run_is_opened_noted_and_done_again(lab: Lab) -> None:
+    request = Request(prompt="Once <b>upon</b>", seed=3, max_new_tokens=6, ignore_eos=True)
+    run_id = lab.generate(lab.variant("tiny", threads=1), request)
+    assert lab.wait(run_id, 60).run.state is RunState.DONE
+    test = page("operate/history.py", run=run_id)
+    (note,) = (one for one in test.text_input if one.label == "Note")
+    note.input("slow | fast <i>").run()
+    (pin,) = (one for one in test.toggle if one.label == "Pinned")
+    pin.set_value(True).run()
+    said = lab.annotation(run_id)
+    assert (said.note, said.pinned) == ("slow | fast <i>", True)
+    clicked(test, "Run again")
+    (newest, _) = lab.runs(kind=RunKind.GENERATE)
+    assert newest.parent_id == run_id
+    first, second = lab.wait(run_id, 60), lab.wait(newest.id, 60)
+    assert first.run.text == second.run.text
+
+
+def test_a_comparison_is_done_again_from_its_settings(lab: Lab) -> None:
+    work = Compare(
+        variants=(lab.variant("tiny", threads=1),) * 2,
+        cells=(Cell(prompt_tokens=8, new_tokens=4),),
+        stop=StopRule(max_pairs=6, min_pairs=6),
+        block_s=0.0,
+    )
+    run_id = lab.compare(work)
+    lab.wait(run_id, 60)
+    test = page("operate/history.py", run=run_id)
+    clicked(test, "Run again")
+    measured(lab, 2)
+    newest = lab.runs(kind=RunKind.COMPARE)[0]
+    assert newest.parent_id == run_id
+    assert lab.snapshot(newest.id).run.result["complete"]
+
+
+def test_a_question_is_asked_and_a_change_is_refused(lab: Lab) -> None:
+    test = page("operate/history.py")
+    (field,) = (one for one in test.text_area if one.label.startswith("SELECT"))
+    field.input("SELECT 6 * 7 AS answer")
+    clicked(test, "Ask")
+    assert [frame.value["answer"].tolist() for frame in test.dataframe] == [[42]]
+    (field,) = (one for one in test.text_area if one.label.startswith("SELECT"))
+    field.input("DELETE FROM runs")
+    clicked(test, "Ask")
+    assert any("Only SELECT can be asked" in one for one in errors(test))
