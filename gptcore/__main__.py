@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import ModelEntry
-from gptcore.cli import evaluate, measuring
+from gptcore.cli import corpus, evaluate, measuring
 from gptcore.cli.terminal import (
     REFUSED,
     Unread,
@@ -367,6 +367,13 @@ def _parser() -> argparse.ArgumentParser:
 
     planned = _command(commands, "plan", lambda chosen: planning.plan(chosen, say), PLAN_HELP)
     planning.add_arguments(planned)
+
+    texts = commands.add_parser("corpus", help="the corpus that the shipped model learns from")
+    verbs = texts.add_subparsers(required=True, metavar="VERB")
+    written = _command(verbs, "write", corpus.write_texts, "let a teacher write more texts")
+    corpus.add_write_arguments(written)
+    shown = _command(verbs, "sheet", corpus.show_sheet, "say what it holds")
+    corpus.add_sheet_arguments(shown)
     return parser
 
 

@@ -1,0 +1,146 @@
+"""``python -m gptcore corpus``: write more of the corpus, and say what it holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gptcore import weights
+from gptcore.cli.terminal import catalogue, noticed_interrupt, say
+from gptcore.corpus import quantized
+from gptcore.corpus.shards import Ledger, corpus_dir
+from gptcore.corpus.sheet import page, sheet
+from gptcore.corpus.write import Plan, Progress, recipe, write
+from gptcore.device import Placement, require_device
+from gptcore.errors import Cancelled, InvalidInput
+from gptcore.host.sharing import shared_device
+from gptcore.tokenizer import load_tokenizer
+
+SHEET = "README.md"
+
+
+def add_write_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``corpus write``; those of ``Plan`` come from its fields."""
+    parser.add_argument("--to", type=Path, help="the folder of the shards (default data/corpus)")
+    parser.add_argument("--model", default="smollm2-135m", help="the teacher; it must know chat")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument("--tokens", type=int, help="stop after so many tokens that were kept")
+    parser.add_argument("--close", action="store_true", help="put what is pending into a shard")
+    for name, field in Plan.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar=name.upper(),
+            help=f"{field.description} (default {field.default})".replace("%", "%%"),
+        )
+
+
+def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``corpus sheet``."""
+    parser.add_argument("--to", type=Path, help="the folder of the shards (default data/corpus)")
+    parser.add_argument("--keep", action="store_true", help=f"write it into {SHEET} there too")
+
+
+def write_texts(options: argparse.Namespace) -> dict[str, Any]:
+    """Write texts until the time or the tokens are reached, and return what was done.
+
+    Others may have the device between two steps. Ctrl-C ends it; only the batch at hand is lost.
+
+    Raises:
+        InvalidInput: an option is not allowed, or the teacher knows no chat.
+        Cancelled, UnknownModel, StoreError: as their names say.
+    """
+    if options.minutes is None and options.tokens is None:
+        raise InvalidInput("Say when to stop: --minutes 10, --tokens 100000, or both.")
+    if any(one is not None and one <= 0 for one in (options.minutes, options.tokens)):
+        raise InvalidInput("--minutes and --tokens must be above 0.")
+    given = {name: getattr(options, name) for name in Plan.model_fields}
+    plan = Plan.model_validate({name: one for name, one in given.items() if one is not None})
+    require_device(options.device)
+    with (
+        noticed_interrupt() as interrupted,
+        shared_device(
+            options.device,
+            "corpus",
+            wait=True,
+            on_wait=lambda holder: print(f"waiting: {holder} has it", file=sys.stderr),
+            cancelled=lambda: bool(interrupted),
+        ) as share,
+    ):
+
+        def breathe() -> None:
+            if interrupted:
+                raise Cancelled("Stopped.")
+            share()
+
+        return _written(options, plan, breathe)
+
+
+def _written(
+    options: argparse.Namespace, plan: Plan, breathe: Callable[[], None]
+) -> dict[str, Any]:
+    import torch
+
+    placement = Placement(
+        device=options.device,
+        precision="bf16" if options.device.startswith("cuda") else "fp32",
+        threads=options.threads,
+    )
+    torch.set_num_threads(placement.resolved_threads)
+    checkpoint = catalogue().checkpoint(options.model)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    if tokenizer.chat_template is None:
+        raise InvalidInput(f"{options.model} knows no chat, so it cannot be asked for texts.")
+    model = weights.build(checkpoint, placement)
+    by_row = quantized.suits(options.device)
+    if by_row:
+        model = quantized.quantize_rows(model)
+    precision = "int8, activations by row" if by_row else placement.precision
+    made_by = recipe(plan, options.model, checkpoint.weights_id, precision)
+    ledger = Ledger(options.to or corpus_dir(), made_by)
+
+    def enough(done: Progress) -> bool:
+        return (options.minutes is not None and done.seconds >= 60 * options.minutes) or (
+            options.tokens is not None and done.kept_tokens >= options.tokens
+        )
+
+    def report(done: Progress) -> None:
+        if not options.json:
+            closed = f", closed {done.shard.name}" if done.shard else ""
+            say(
+                f"batch {done.batch - 1}: {done.kept:,} of {done.texts:,} texts kept, "
+                f"{done.kept_tokens:,} tokens, {done.tokens / max(done.seconds, 1e-9):.0f} "
+                f"tokens/s{closed}"
+            )
+
+    done = write(model, tokenizer, plan, ledger, enough=enough, breathe=breathe, report=report)
+    closed = ledger.close() if options.close else done.shard
+    return {
+        **asdict(done),
+        "shard": closed.name if closed else None,
+        "tokens_per_s": done.tokens / max(done.seconds, 1e-9),
+        "recipe": made_by,
+    }
+
+
+def show_sheet(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the corpus's statistics, and print them as a page.
+
+    Raises:
+        InvalidInput: there is no corpus, or a shard is damaged.
+    """
+    folder = options.to or corpus_dir()
+    found = sheet(folder)
+    text = page(found)
+    if options.keep:
+        (folder / SHEET).write_text(text)
+    if not options.json:
+        say(text)
+    result: dict[str, Any] = json.loads(json.dumps(asdict(found)))
+    return result

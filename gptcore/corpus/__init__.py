@@ -1,0 +1,1 @@
+"""A corpus of short tales and explanations, written by a teacher: prompts, filters, shards."""
