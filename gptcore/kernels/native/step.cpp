@@ -1,0 +1,459 @@
+// The decode step: one token in, the logits after it out, in one call.
+//
+// The C interface at the end is all that others see; gptcore/kernels/library.py mirrors its structs.
+// Every thread goes through the whole token: what is small (norms, quantizing) each computes for
+// itself, what is large (rows of a matrix, heads and chunks of the cache) they share, and between
+// two such phases they meet. There are five meetings a block.
+//
+// Letters of shapes: H query heads, G key/value heads, D head width, W model width, V vocabulary.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "attention.hpp"
+#include "linear.hpp"
+#include "pool.hpp"
+#include "vectors.hpp"
+
+namespace gpt {
+
+enum Mlp : int32_t { SWIGLU = 0, GELU_TANH = 1, GELU_ERF = 2 };
+
+// LayerNorm, or RMSNorm where `centred` is 0. Mirrored by ctypes, as all up to Model.
+struct Norm {
+  const float* weight;
+  const float* bias;  // null without one
+  float eps;
+  int32_t centred;
+};
+
+struct Block {
+  Norm attention_norm;
+  Linear q, k, v, out;
+  const float* q_norm;  // (D,), null where the family has none
+  const float* k_norm;
+  Norm mlp_norm;
+  Linear gate, up, down;  // gate is null but for SwiGLU
+};
+
+struct Model {
+  int64_t layers, heads, kv_heads, head_width, width, vocabulary;
+  int32_t mlp;
+  int32_t embedding_is_bf16;
+  float qk_eps;
+  int32_t cache_is_bf16;
+  const void* embedding;  // (V, W)
+  const void* positions;  // (context, W) in the embedding's type, null where they are rotary
+  const Block* blocks;
+  Norm norm;
+  Linear head;
+};
+
+// What a step is asked: where it stands, and where it reads and writes.
+struct Call {
+  int64_t id;
+  int64_t position;
+  int64_t capacity;
+  void* keys;         // (layers, G, capacity, D)
+  void* values;
+  const float* cos;   // (D,), of this position; null where positions are learned
+  const float* sin;
+  float* logits;      // (V,)
+};
+
+inline void normalise(const Norm& norm, const float* x, int64_t n, float* to) {
+  float mean = 0;
+  if (norm.centred) {
+    F acc = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) acc += load<F>(x + i);
+    mean = sum(acc);
+    for (; i < n; i++) mean += x[i];
+    mean /= float(n);
+  }
+  for (int64_t i = 0; i < n; i++) to[i] = x[i] - mean;
+  float shrink = 1.0f / std::sqrt(square_sum(to, n) / float(n) + norm.eps);
+  for (int64_t i = 0; i < n; i++) to[i] = to[i] * shrink * norm.weight[i];
+  if (norm.bias != nullptr)
+    for (int64_t i = 0; i < n; i++) to[i] += norm.bias[i];
+}
+
+inline F logistic(F x) { return 1.0f / (1.0f + exp(-x)); }
+
+// The error function. Source: Abramowitz and Stegun 1964, 7.1.26. Error: at most 1.5e-7.
+inline F erf(F x) {
+  F size = magnitude(x);
+  F t = 1.0f / (1.0f + 0.3275911f * size);
+  F p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  F y = 1.0f - p * t * exp(-size * size);
+  return x < 0.0f ? -y : y;
+}
+
+// What stands between the layers of the MLP: 16 values of up, and of gate for SwiGLU.
+inline void activate(int32_t mlp, const float* gate, float* up) {
+  for (int i = 0; i < BLOCK; i += LANES) {
+    F x = load<F>(up + i);
+    if (mlp == SWIGLU) {
+      F g = load<F>(gate + i);
+      x = g * logistic(g) * x;
+    } else if (mlp == GELU_TANH) {
+      // (1 + tanh z) / 2 is the logistic function of 2 z.
+      x = x * logistic(1.59576912f * (x + 0.044715f * x * x * x));
+    } else {
+      x = 0.5f * x * (1.0f + erf(x * 0.70710678f));
+    }
+    store(up + i, x);
+  }
+}
+
+// Memory that is freed with its owner, aligned to cache lines.
+class Room {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    size_t bytes = (size_t(count) * sizeof(T) + 64 + 63) / 64 * 64;
+    void* memory = std::aligned_alloc(64, bytes);
+    if (memory == nullptr) throw std::bad_alloc();
+    taken_.push_back(memory);
+    return static_cast<T*>(memory);
+  }
+
+  Room() = default;
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  ~Room() {
+    for (void* one : taken_) std::free(one);
+  }
+
+ private:
+  std::vector<void*> taken_;
+};
+
+inline Integers integers(Room& room, int64_t vectors, int64_t columns, int group) {
+  int64_t groups = groups_of(columns, group);
+  return {room.take<int8_t>(vectors * groups * group), room.take<int8_t>(vectors * groups * group),
+          room.take<float>(vectors * groups), room.take<int32_t>(vectors * groups), groups, group};
+}
+
+// What one thread needs for itself.
+struct Desk {
+  Desk(Room& room, int64_t most_columns, int64_t head_width, int64_t most_positions)
+      : vector(room.take<float>(most_columns)),
+        query(room.take<float>(HEADS_AT_ONCE * head_width)),
+        weights(room.take<float>(HEADS_AT_ONCE * most_positions)) {
+    activation.halves = room.take<float>(most_columns + 1);
+    activation.by32 = integers(room, 1, most_columns, 32);
+    activation.by64 = integers(room, 1, most_columns, 64);
+  }
+
+  float* vector;
+  float* query;
+  float* weights;
+  Activation activation;
+};
+
+// A model on its way through tokens: what all threads write and read.
+class Session {
+ public:
+  explicit Session(const Model& model) : m(model) {
+    most_columns_ = m.width;
+    for (int64_t i = 0; i < m.layers; i++)
+      for (const Linear* l : {&m.blocks[i].out, &m.blocks[i].down})
+        if (l->columns > most_columns_) most_columns_ = l->columns;
+    x_ = room_.take<float>(m.width + BLOCK);
+    q_ = room_.take<float>(m.heads * m.head_width + BLOCK);
+    k_ = room_.take<float>(m.kv_heads * m.head_width + BLOCK);
+    v_ = room_.take<float>(m.kv_heads * m.head_width + BLOCK);
+    inner_ = room_.take<float>(most_columns_ + BLOCK);
+    seen_ = {room_.take<float>(m.heads * MOST_CHUNKS), room_.take<float>(m.heads * MOST_CHUNKS),
+             room_.take<float>(m.heads * MOST_CHUNKS * m.head_width)};
+  }
+
+  void step(const Call& call, int threads) {
+    int64_t chunk = chunk_of(call.position + 1);
+    if (int(desks_.size()) < threads || chunk + LANES > chunk_room_) make_desks(threads, chunk);
+    enter(call);
+    Pool::of_this_process().run(threads, [&](int thread, Team& team) {
+      for (int64_t layer = 0; layer < m.layers; layer++) {
+        if (m.cache_is_bf16)
+          block<uint16_t>(call, layer, thread, team);
+        else
+          block<float>(call, layer, thread, team);
+      }
+      Desk& desk = desks_[size_t(thread)];
+      normalise(m.norm, x_, m.width, desk.vector);
+      share_rows(desk, thread, team, desk.vector, m.width, {&m.head}, {call.logits});
+    });
+  }
+
+ private:
+  void make_desks(int threads, int64_t chunk) {
+    chunk_room_ = (2 * chunk + LANES) / LANES * LANES;
+    desks_.clear();
+    desk_room_ = std::make_unique<Room>();
+    for (int i = 0; i < threads; i++)
+      desks_.emplace_back(*desk_room_, most_columns_, m.head_width, chunk_room_);
+  }
+
+  // Put the token's embedding into the residual stream.
+  void enter(const Call& call) {
+    for (int64_t i = 0; i < m.width; i++) {
+      x_[i] = row<float>(m.embedding, call.id, i);
+      if (m.positions != nullptr) x_[i] += row<float>(m.positions, call.position, i);
+    }
+  }
+
+  template <typename To>
+  To row(const void* table, int64_t index, int64_t i) const {
+    int64_t at = index * m.width + i;
+    return m.embedding_is_bf16 ? widen(static_cast<const uint16_t*>(table)[at])
+                               : static_cast<const float*>(table)[at];
+  }
+
+  // Multiply x with layers that read the same vector; an item is 16 rows of one of them.
+  void share_rows(Desk& desk, int thread, Team& team, const float* x, int64_t columns,
+                  std::initializer_list<const Linear*> layers, std::initializer_list<float*> to) {
+    prepare(desk.activation, x, columns, layers.begin(), int(layers.size()));
+    int64_t items = 0;
+    for (const Linear* l : layers) items += blocks_of(l->rows);
+    team.share(thread, items, [&](int64_t i) {
+      size_t which = 0;
+      while (i >= blocks_of(layers.begin()[which]->rows))
+        i -= blocks_of(layers.begin()[which++]->rows);
+      const Linear& l = *layers.begin()[which];
+      float y[BLOCK];
+      block_of(l, i, desk.activation, y);
+      for (int64_t r = 0; r < BLOCK && i * BLOCK + r < l.rows; r++)
+        to.begin()[which][i * BLOCK + r] = y[r];
+    });
+  }
+
+  // As above, one layer, added to the residual stream.
+  void add_rows(Desk& desk, int thread, Team& team, const float* x, const Linear& l) {
+    const Linear* one = &l;
+    prepare(desk.activation, x, l.columns, &one, 1);
+    team.share(thread, blocks_of(l.rows), [&](int64_t i) {
+      float y[BLOCK];
+      block_of(l, i, desk.activation, y);
+      for (int64_t r = 0; r < BLOCK && i * BLOCK + r < l.rows; r++) x_[i * BLOCK + r] += y[r];
+    });
+  }
+
+  template <typename T>
+  void block(const Call& call, int64_t layer, int thread, Team& team) {
+    const Block& b = m.blocks[layer];
+    Desk& desk = desks_[size_t(thread)];
+    normalise(b.attention_norm, x_, m.width, desk.vector);
+    share_rows(desk, thread, team, desk.vector, m.width, {&b.q, &b.k, &b.v}, {q_, k_, v_});
+    team.meet();
+    int64_t chunks = chunks_of(call.position + 1);
+    team.share(thread, m.kv_heads * chunks, [&](int64_t i) {
+      look_at<T>(call, b, layer, i / chunks, i % chunks, desk);
+    });
+    team.meet();
+    for (int64_t h = 0; h < m.heads; h++)
+      combine(seen_, h, chunks, m.head_width, desk.vector + h * m.head_width);
+    add_rows(desk, thread, team, desk.vector, b.out);
+    team.meet();
+    normalise(b.mlp_norm, x_, m.width, desk.vector);
+    const Linear* both[] = {&b.up, &b.gate};
+    prepare(desk.activation, desk.vector, m.width, both, 2);
+    team.share(thread, blocks_of(b.up.rows), [&](int64_t i) {
+      float up[BLOCK], gate[BLOCK] = {};
+      if (m.mlp == SWIGLU) block_of(b.gate, i, desk.activation, gate);
+      block_of(b.up, i, desk.activation, up);
+      activate(m.mlp, gate, up);
+      store_block(up, inner_ + i * BLOCK);
+    });
+    team.meet();
+    add_rows(desk, thread, team, inner_, b.down);
+    team.meet();
+  }
+
+  static void store_block(const float* from, float* to) {
+    std::memcpy(to, from, BLOCK * sizeof(float));
+  }
+
+  // Let the query heads of key head `group` look at one chunk; the last one holds the new position.
+  template <typename T>
+  void look_at(const Call& call, const Block& b, int64_t layer, int64_t group, int64_t chunk,
+               Desk& desk) {
+    int64_t known = call.position + 1, width = m.head_width, size = chunk_of(known);
+    int64_t begin = chunk * size, end = begin + size < known ? begin + size : known;
+    int64_t lane = (layer * m.kv_heads + group) * call.capacity * width;
+    T* keys = static_cast<T*>(call.keys) + lane;
+    T* values = static_cast<T*>(call.values) + lane;
+    if (end == known) {
+      finish_head(k_ + group * width, width, b.k_norm, m.qk_eps, call.cos, call.sin, 1.0f,
+                  desk.query);
+      for (int64_t i = 0; i < width; i++) {
+        store_float(keys + call.position * width + i, desk.query[i]);
+        store_float(values + call.position * width + i, v_[group * width + i]);
+      }
+    }
+    int64_t last = (group + 1) * (m.heads / m.kv_heads);
+    for (int64_t h = last - m.heads / m.kv_heads; h < last; h += HEADS_AT_ONCE) {
+      int64_t heads = last - h < HEADS_AT_ONCE ? last - h : HEADS_AT_ONCE;
+      for (int64_t i = 0; i < heads; i++)
+        finish_head(q_ + (h + i) * width, width, b.q_norm, m.qk_eps, call.cos, call.sin,
+                    1.0f / std::sqrt(float(width)), desk.query + i * width);
+      auto looking = heads == 4 ? look<4, T> : heads == 3 ? look<3, T> : heads == 2 ? look<2, T>
+                                                                                     : look<1, T>;
+      looking(desk.query, keys + begin * width, values + begin * width, width, end - begin,
+              desk.weights, chunk_room_, h, chunk, seen_);
+    }
+  }
+
+  const Model& m;
+  Room room_;
+  int64_t most_columns_;
+  int64_t chunk_room_ = 0;  // positions that fit into a desk's weights, filled up to registers
+  float *x_, *q_, *k_, *v_, *inner_;
+  Partial seen_;
+  std::unique_ptr<Room> desk_room_;
+  std::vector<Desk> desks_;
+};
+
+// Many vectors times one packed matrix. A tile is as many vectors as registers hold.
+constexpr int TILE = LANES == 16 ? 8 : 2;
+constexpr int64_t CACHED_BYTES = 1 << 20;  // of activations that stay near while rows go by
+
+template <int VECTORS>
+inline int64_t tile_of(const Linear& l, int64_t block, const Integers& x, int64_t t, int64_t end,
+                       float* y) {
+  if constexpr (VECTORS > 1)
+    if (end - t < VECTORS) return tile_of<VECTORS / 2>(l, block, x, t, end, y);
+  float tile[VECTORS][BLOCK];
+  packed_block<VECTORS>(l, block, x, t, tile);
+  for (int v = 0; v < VECTORS; v++)
+    for (int64_t r = 0; r < BLOCK && block * BLOCK + r < l.rows; r++) {
+      int64_t row = block * BLOCK + r;
+      y[(t + v) * l.rows + row] = tile[v][r] + (l.bias != nullptr ? l.bias[row] : 0.0f);
+    }
+  return t + VECTORS;
+}
+
+template <typename T>
+inline void multiply(const Linear& l, const T* x, int64_t vectors, float* y, int threads) {
+  Room room;
+  Integers q = integers(room, vectors, l.columns, l.group);
+  int64_t row_bytes = 2 * q.groups * q.group;
+  int64_t strip = CACHED_BYTES / row_bytes / TILE * TILE;
+  strip = strip < TILE ? TILE : strip;
+  int64_t strips = (vectors + strip - 1) / strip, blocks = blocks_of(l.rows);
+  Pool::of_this_process().run(threads, [&](int thread, Team& team) {
+    team.share(thread, vectors,
+               [&](int64_t t) { quantize(x + t * l.columns, l.columns, q, t); });
+    team.meet();
+    team.share(thread, strips * blocks, [&](int64_t i) {
+      int64_t t = i / blocks * strip, end = t + strip < vectors ? t + strip : vectors;
+      while (t < end) t = tile_of<TILE>(l, i % blocks, q, t, end, y);
+    });
+  });
+}
+
+// Interleave the 16 rows of each block; `codes` is (rows, columns), signed for int8, 0 to 15 for
+// int4. What fills up the last rows and columns counts as zero.
+inline void pack_block(int format, int64_t rows, int64_t columns, int group, const int8_t* codes,
+                       const void* scales, const uint16_t* zeros, int64_t block, uint8_t* to) {
+  int64_t groups = groups_of(columns, group), first = block * BLOCK;
+  std::memset(to, 0, size_t(block_bytes(format, columns, group)));
+  for (int64_t k = 0; k < groups * group; k++)
+    for (int64_t r = 0; r < BLOCK; r++) {
+      bool inside = first + r < rows && k < columns;
+      int code = inside ? codes[(first + r) * columns + k] : format == INT4 ? 8 : 0;
+      if (format == INT4)
+        to[k / 8 * 64 + r * 4 + k % 4] |= uint8_t(code << (k % 8 < 4 ? 0 : 4));
+      else
+        to[k / 4 * 64 + r * 4 + k % 4] = uint8_t(code + 128);
+    }
+  uint8_t* behind = to + integer_bytes(format, columns, group);
+  for (int64_t r = 0; r < BLOCK && first + r < rows; r++) {
+    if (format == INT8_ROWS) {
+      std::memcpy(behind + r * 4, static_cast<const float*>(scales) + first + r, 4);
+      continue;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      const uint16_t* scale = static_cast<const uint16_t*>(scales) + (first + r) * groups + g;
+      uint8_t* of_group = behind + g * BLOCK * (format == INT4 ? 4 : 2);
+      std::memcpy(of_group + r * 2, scale, 2);
+      if (format == INT4)
+        std::memcpy(of_group + BLOCK * 2 + r * 2, zeros + (first + r) * groups + g, 2);
+    }
+  }
+}
+
+}  // namespace gpt
+
+extern "C" {
+
+const char* gpt_isa() { return gpt::ISA; }
+
+// Null where there is no memory for it. `model` and all it points to must outlive the session.
+void* gpt_open(const gpt::Model* model) {
+  try {
+    return new gpt::Session(*model);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+void gpt_close(void* session) { delete static_cast<gpt::Session*>(session); }
+
+// 0, or 1 where there is no memory.
+int gpt_step(void* session, const gpt::Call* call, int threads) {
+  try {
+    static_cast<gpt::Session*>(session)->step(*call, threads);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// y (vectors, rows) = x (vectors, columns) times a packed matrix. 0, or 1 where there is no memory.
+int gpt_linear(const gpt::Linear* linear, const void* x, int x_is_bf16, int64_t vectors, float* y,
+               int threads) {
+  try {
+    if (x_is_bf16)
+      gpt::multiply(*linear, static_cast<const uint16_t*>(x), vectors, y, threads);
+    else
+      gpt::multiply(*linear, static_cast<const float*>(x), vectors, y, threads);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+int64_t gpt_packed_bytes(int format, int64_t rows, int64_t columns, int group) {
+  return gpt::blocks_of(rows) * gpt::block_bytes(format, columns, group);
+}
+
+void gpt_pack(int format, int64_t rows, int64_t columns, int group, const int8_t* codes,
+              const void* scales, const uint16_t* zeros, uint8_t* to, int threads) {
+  gpt::Pool::of_this_process().run(threads, [&](int thread, gpt::Team& team) {
+    team.share(thread, gpt::blocks_of(rows), [&](int64_t block) {
+      gpt::pack_block(format, rows, columns, group, codes, scales, zeros, block,
+                      to + block * gpt::block_bytes(format, columns, group));
+    });
+  });
+}
+
+// Ask for large pages under what is about to be written, where the system has them.
+void gpt_large_pages(void* begin, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  madvise(begin, size_t(bytes), MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+}

@@ -1,0 +1,256 @@
+"""A model's native step: what torch's forward pass computes for one token, in one call.
+
+It reads and writes the same ``KVCache`` as torch, so that a text may be read by the one and
+continued by the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from gptcore.errors import ContextOverflow
+from gptcore.kernels.library import (
+    CBlock,
+    CCall,
+    CLinear,
+    CModel,
+    CNorm,
+    Format,
+    Mlp,
+    instruction_set,
+    library,
+    unavailable,
+)
+from gptcore.kernels.linear import Arena, PackedLinear, repacked
+from gptcore.model import GPT, Block, KVCache, rotary_tables
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Unsupported(Exception):
+    """The step does not know this model; the text says what, in a sentence."""
+
+
+class NativeStep:
+    """One model's decode step. Weights stay where the model has them.
+
+    Raises:
+        Unsupported: a part of the model is of a kind that the step does not know.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.name = f"native step, {instruction_set()}"
+        self._model = weakref.ref(model)
+        self._kept: list[Tensor] = []
+        """What the structs point to."""
+        self._signature = _signature(model)
+        self._checked: weakref.ref[KVCache] | None = None
+        self._cos, self._sin = torch.empty(0), torch.empty(0)
+        blocks = cast("Iterable[Block]", model.blocks)
+        self._blocks = (CBlock * len(model.blocks))(*map(self._block, blocks))
+        self._struct = self._described(model)
+        self._session = library().gpt_open(ctypes.byref(self._struct))
+        if not self._session:
+            raise MemoryError("out of memory for the native step")
+        weakref.finalize(self, library().gpt_close, self._session)
+
+    def takes(self, cache: KVCache) -> bool:
+        """Return whether this cache can be continued: one sequence, and the model as it was.
+
+        The model is looked over once a cache, since a generation does not change it.
+        """
+        if self._checked is not None and self._checked() is cache:
+            return True
+        model = self._model()
+        fits = (
+            type(cache) is KVCache
+            and model is not None
+            and cache.k.shape[1] == 1
+            and cache.k.dtype == model.embedding.weight.dtype
+            and cache.k.is_contiguous()
+            and _signature(model) == self._signature
+        )
+        self._checked = weakref.ref(cache) if fits else None
+        return fits
+
+    def __call__(self, id: int, cache: KVCache) -> Tensor:
+        """Read one token into ``cache`` and return the logits after it: (V,) float32.
+
+        Raises:
+            ContextOverflow: the cache or the context is full.
+        """
+        model = self._model()
+        assert model is not None
+        spec, position = model.spec, cache.length
+        room = min(spec.context, cache.capacity)
+        if position >= room:
+            raise ContextOverflow(
+                f"{position + 1:,} positions do not fit into {room:,}: shorten the text."
+            )
+        if not 0 <= id < spec.vocabulary:
+            raise IndexError(f"token id {id} is not in the vocabulary of {spec.vocabulary}")
+        logits = torch.empty(spec.vocabulary)
+        call = CCall(
+            id=id,
+            position=position,
+            capacity=cache.capacity,
+            keys=cache.k.data_ptr(),
+            values=cache.v.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        if spec.position == "rotary":
+            call.cos, call.sin = self._angles(position)
+        if library().gpt_step(self._session, ctypes.byref(call), torch.get_num_threads()):
+            raise MemoryError("out of memory in the native step")
+        cache.length = position + 1
+        return logits
+
+    def _angles(self, position: int) -> tuple[int, int]:
+        """Return where cos and sin of that position lie, each (D,) float32."""
+        if position >= self._cos.shape[0]:
+            model = self._model()
+            assert model is not None
+            size = min(model.spec.context, max(256, 1 << position.bit_length()))
+            self._cos, self._sin = rotary_tables(model.spec, size)
+        at = position * self._cos.stride(0) * self._cos.element_size()
+        return self._cos.data_ptr() + at, self._sin.data_ptr() + at
+
+    def _described(self, model: GPT) -> CModel:
+        spec, embedding = model.spec, model.embedding.weight
+        if embedding.dtype not in DTYPES or embedding.device.type != "cpu":
+            raise Unsupported(f"it computes fp32 and bf16 on a CPU, not {embedding.dtype}.")
+        if spec.mlp == "swiglu":
+            mlp = Mlp.SWIGLU
+        else:
+            mlp = Mlp.GELU_TANH if spec.gelu == "tanh" else Mlp.GELU_ERF
+        positions = model.positions.weight if spec.position == "learned" else None
+        return CModel(
+            layers=len(model.blocks),
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_width=spec.head_width,
+            width=spec.width,
+            vocabulary=spec.vocabulary,
+            mlp=mlp,
+            embedding_is_bf16=embedding.dtype == torch.bfloat16,
+            qk_eps=spec.norm_eps,
+            cache_is_bf16=embedding.dtype == torch.bfloat16,
+            embedding=self._pointer(embedding),
+            positions=None if positions is None else self._pointer(positions),
+            blocks=self._blocks,
+            norm=self._norm(model.norm),
+            head=self._linear(model.head, "head", spec.vocabulary, spec.width),
+        )
+
+    def _block(self, block: Block) -> CBlock:
+        spec, attention, mlp = block.attention.spec, block.attention, block.mlp
+        hidden = _rows(mlp.up)
+        norms = (attention.q_norm, attention.k_norm) if spec.qk_norm else (None, None)
+        q_norm, k_norm = (None if one is None else self._float(one.weight) for one in norms)
+        return CBlock(
+            attention_norm=self._norm(block.attention_norm),
+            q=self._linear(attention.q, "q", spec.q_width, spec.width),
+            k=self._linear(attention.k, "k", spec.kv_width, spec.width),
+            v=self._linear(attention.v, "v", spec.kv_width, spec.width),
+            out=self._linear(attention.out, "out", spec.width, spec.q_width),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            mlp_norm=self._norm(block.mlp_norm),
+            gate=self._linear(mlp.gate, "gate", hidden, spec.width) if mlp.swiglu else CLinear(),
+            up=self._linear(mlp.up, "up", hidden, spec.width),
+            down=self._linear(mlp.down, "down", spec.width, hidden),
+        )
+
+    def _linear(self, module: nn.Module, name: str, rows: int, columns: int) -> CLinear:
+        if isinstance(module, PackedLinear):
+            found = module.described()
+        elif type(module) is nn.Linear and module.weight.dtype in DTYPES:
+            bf16 = module.weight.dtype == torch.bfloat16
+            found = CLinear(
+                weights=self._pointer(module.weight),
+                bias=None if module.bias is None else self._float(module.bias),
+                rows=module.weight.shape[0],
+                columns=module.weight.shape[1],
+                format=Format.BF16 if bf16 else Format.FP32,
+            )
+        else:
+            raise Unsupported(f"it does not know a layer of the kind {type(module).__name__}.")
+        if (found.rows, found.columns) != (rows, columns):
+            raise Unsupported(
+                f"a layer {name} is {found.rows} × {found.columns}, not {rows} × {columns}."
+            )
+        return found
+
+    def _norm(self, module: nn.Module) -> CNorm:
+        if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            raise Unsupported(f"it does not know a norm of the kind {type(module).__name__}.")
+        bias = getattr(module, "bias", None)
+        return CNorm(
+            weight=self._float(module.weight),
+            bias=None if bias is None else self._float(bias),
+            eps=module.eps,
+            centred=isinstance(module, nn.LayerNorm),
+        )
+
+    def _float(self, small: Tensor) -> int:
+        """Return where a float32 copy of a norm's or bias's numbers lies."""
+        return self._pointer(small.detach().float())
+
+    def _pointer(self, tensor: Tensor) -> int:
+        """Return where a tensor lies, which is kept as long as this step."""
+        if not tensor.is_contiguous():
+            raise Unsupported("a weight does not lie in one piece.")
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def adopt(model: GPT) -> NativeStep | str:
+    """Return the model's native step, or in a sentence why torch decodes.
+
+    What a pass quantized is moved into the step's format, a layer at a time, with the same
+    integers. A model that is all fp32 is left to torch, as the reference for everything else.
+    """
+    if model.embedding.weight.device.type != "cpu":
+        return "the native step is for CPUs."
+    if reason := unavailable():
+        return reason
+    packed = repack(model)
+    if not packed and model.embedding.weight.dtype == torch.float32:
+        return "fp32 is the reference, which torch computes."
+    try:
+        return NativeStep(model)
+    except Unsupported as error:
+        return str(error)
+
+
+def repack(model: GPT) -> int:
+    """Move what passes quantized into the step's format and return how many layers that were."""
+    arena, moved = Arena(), 0
+    for parent in tuple(model.modules()):
+        for name, child in tuple(parent.named_children()):
+            layer = child if isinstance(child, PackedLinear) else repacked(child, arena)
+            if layer is not None:
+                setattr(parent, name, layer)
+                moved += 1
+    return moved
+
+
+def _rows(module: nn.Module) -> int:
+    return module.rows if isinstance(module, PackedLinear) else len(cast(Tensor, module.weight))
+
+
+def _signature(model: GPT) -> tuple[object, ...]:
+    """Return what changes when a layer is replaced, written to or given a hook."""
+    found: list[object] = []
+    for module in model.modules():
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        found.append((id(module), hooks))
+        for one in module.parameters(recurse=False):
+            found.append((one.data_ptr(), 0 if one.is_inference() else one._version))
+    return tuple(found)
