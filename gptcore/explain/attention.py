@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import InvalidInput
+from gptcore.explain.excerpt import batch_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +114,7 @@ def look(
     import torch
 
     with torch.inference_mode():
-        batch = torch.tensor([list(ids)], device=model.embedding.weight.device)
+        batch = batch_of(model, [ids])
         x, where = model.enter(batch)
         for layer, block in enumerate(model.blocks):
             check()

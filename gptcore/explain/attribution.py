@@ -19,11 +19,13 @@ Letters of shapes: B texts, T tokens, W width, V vocabulary.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptcore.errors import InvalidInput
+from gptcore.explain.excerpt import batch_of, stream_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,9 @@ DELETIONS = 24
 RANDOM_ORDERS = 5
 AT_ONCE = 2048
 """Tokens that run through the model together."""
+PROJECTIONS = frozenset({"q", "k", "v", "out", "gate", "up", "down"})
+LINEAR_RATIO = 0.1
+"""How far the gradient of a layer with rounded inputs may miss that of a linear one."""
 NO_GRADIENT = (
     "This variant has no gradients: {layer} computes with packed weights. Leaving tokens out works "
     "without them; for gradients choose fp32 or bf16."
@@ -62,7 +67,7 @@ def log_probability(model: GPT, texts: Sequence[Sequence[int]], target: int) -> 
     import torch
 
     with torch.inference_mode():
-        batch = torch.tensor([list(text) for text in texts], device=model.embedding.weight.device)
+        batch = batch_of(model, texts)
         logits = model(batch, last_only=True)[:, -1]  # (B, V)
         found: list[float] = logits.float().log_softmax(-1)[:, target].tolist()
         return found
@@ -164,10 +169,8 @@ def integrated_gradients(
         return found
 
     with torch.enable_grad():
-        weight = model.embedding.weight.detach()
-        start = weight[torch.tensor([list(ids)], device=weight.device)]  # (1, T, W)
-        begin = weight.float().mean(0).to(weight.dtype) if baseline == "mean" else 0 * weight[0]
-        begin = begin.expand_as(start)
+        start = _embedded(model, ids)  # (1, T, W)
+        begin = (_mean_embedding(model) if baseline == "mean" else 0 * start[0, 0]).expand_as(start)
         parts = IntegratedGradients(score).attribute(
             start, begin, n_steps=steps, internal_batch_size=max(1, AT_ONCE // len(ids))
         )
@@ -271,37 +274,73 @@ def _after_embeddings(model: GPT, embeddings: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
+def _embedded(model: GPT, ids: Sequence[int]) -> Tensor:
+    """Return the embeddings of a text before positions are added, (1, T, W), without gradients."""
+    import torch
+
+    with torch.no_grad():
+        found: Tensor = model.embedding(batch_of(model, [ids]))
+        return found.detach().clone()
+
+
+def _mean_embedding(model: GPT) -> Tensor:
+    """Return the mean embedding of the vocabulary, (W,), in the stream's dtype."""
+    import torch
+
+    vocabulary = range(model.spec.vocabulary)
+    parts = [
+        _embedded(model, vocabulary[begin : begin + AT_ONCE])[0].float().sum(0)
+        for begin in range(0, len(vocabulary), AT_ONCE)
+    ]
+    return (torch.stack(parts).sum(0) / len(vocabulary)).to(stream_of(model).dtype)
+
+
 def _require_gradients(model: GPT, ids: Sequence[int]) -> None:
-    """Refuse a model in which a layer cuts the gradient, which would only make it wrong.
+    """Refuse a model in which a layer has no true gradient, which would only make scores wrong.
 
     Raises:
         InvalidInput: naming the first such layer.
     """
     import torch
+    from torch import nn
 
-    cut: list[str] = []
+    given: dict[str, tuple[nn.Module, Tensor]] = {}
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, made: Any) -> None:
-            given = any(isinstance(one, torch.Tensor) and one.requires_grad for one in args)
-            if given and isinstance(made, torch.Tensor) and not made.requires_grad:
-                cut.append(name)
-
-        return hook
+    def keep(name: str) -> Callable[[Any, Any], None]:
+        return lambda module, args: given.update({name: (module, args[0])})
 
     hooks = [
-        module.register_forward_hook(look(f"blocks.{name}"))
+        module.register_forward_pre_hook(keep(f"blocks.{name}"))
         for name, module in model.blocks.named_modules()
-        if not list(module.children())
+        if name.rpartition(".")[2] in PROJECTIONS and type(module) is not nn.Linear
     ]
     try:
-        with torch.enable_grad():
-            start = model.embedding.weight[list(ids[:2])][None].detach()
-            _after_embeddings(model, start.requires_grad_())
-    except RuntimeError as error:
-        raise InvalidInput(NO_GRADIENT.format(layer=f"a layer ({error})"[:120])) from None
+        with torch.no_grad():
+            _after_embeddings(model, _embedded(model, ids))
     finally:
         for hook in hooks:
             hook.remove()
-    if cut:
-        raise InvalidInput(NO_GRADIENT.format(layer=cut[0]))
+    for name, (module, x) in given.items():
+        if not _has_gradient(module, x):
+            raise InvalidInput(NO_GRADIENT.format(layer=name))
+
+
+def _has_gradient(linear: Any, x: Tensor) -> bool:
+    """Return whether a layer that stands for a linear one has the gradient of a linear one.
+
+    Of f(x) = Wx + b the gradient gives back f(x) − f(0), whatever W is. Some operations only seem
+    to have a gradient: they let the flow pass by or end in silence.
+    """
+    import torch
+
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            made = linear(x)
+            change = (made - linear(torch.zeros_like(x))).detach()
+            (gradient,) = torch.autograd.grad(made, x, change)
+        except (RuntimeError, Warning):
+            return False
+    whole = float(change.float().pow(2).sum())
+    return abs(float((gradient.float() * x.float()).sum()) - whole) <= LINEAR_RATIO * whole

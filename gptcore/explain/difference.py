@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptcore.errors import InvalidInput
+from gptcore.explain.excerpt import batch_of, stream_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ def trace(model: GPT, ids: Sequence[int], *, check: Callable[[], None] = lambda:
     import torch
 
     with torch.inference_mode():
-        batch = torch.tensor([list(ids)], device=model.embedding.weight.device)
+        batch = batch_of(model, [ids])
         x, where = model.enter(batch)
         streams = [x[0].float().cpu()]
         for layer, block in enumerate(model.blocks):
@@ -110,11 +111,10 @@ def introduced(
 
     found = []
     with torch.inference_mode():
-        weight = model.embedding.weight
-        _, where = model.enter(torch.tensor([list(ids)], device=weight.device))
+        _, where = model.enter(batch_of(model, [ids]))
         for layer, block in enumerate(model.blocks):
             check()
-            given = a.streams[layer][None].to(weight.device, weight.dtype)
+            given = a.streams[layer][None].to(stream_of(model))
             made = block(given, where, None, layer)[0].float().cpu()
             found.append(_relative(made, a.streams[layer + 1]))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,10 @@ from gptcore.errors import InvalidInput
 from gptcore.records import Message
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gptcore.engine import Engine
+    from gptcore.model import GPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,20 @@ def excerpt(engine: Engine, text: str, *, chat: bool, most: int, least: int = 2)
     most = min(most, engine.model.spec.context)
     kept = tuple(ids[-most:])
     return Excerpt(kept, tuple(map(engine.tokenizer.token_text, kept)), len(ids) - len(kept))
+
+
+def stream_of(model: GPT) -> Tensor:
+    """Return a tensor on the device and in the dtype of the residual stream.
+
+    The last norm's weight is one in every variant; a packed embedding is not.
+    """
+    weight: Any = model.norm.weight
+    found: Tensor = weight
+    return found
+
+
+def batch_of(model: GPT, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Return token ids of equally long texts as a model takes them: (B, T) on its device."""
+    import torch
+
+    return torch.tensor([list(text) for text in texts], device=stream_of(model).device)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptcore.explain.excerpt import batch_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -56,7 +58,7 @@ def logits_by_depth(
     import torch
 
     with torch.inference_mode():
-        batch = torch.tensor([list(ids)], device=model.embedding.weight.device)
+        batch = batch_of(model, [ids])
         x, where = model.enter(batch)
         yield model.head(model.norm(x))[0]
         for layer, block in enumerate(model.blocks):
@@ -78,7 +80,7 @@ def lens(
     import torch
 
     with torch.inference_mode():
-        batch = torch.tensor([list(ids)], device=model.embedding.weight.device)
+        batch = batch_of(model, [ids])
         final = model(batch)[0].float().log_softmax(-1)  # (T, V)
         best = final.argmax(-1, keepdim=True)  # (T, 1)
         after = batch[0, 1:, None]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcore.explain.excerpt import stream_of
+
 if TYPE_CHECKING:
     from gptcore.model import GPT
 
@@ -87,8 +89,7 @@ def profile(
 
     from gptcore.engine import decode, prefill
 
-    device = model.embedding.weight.device
-    on_gpu = device.type == "cuda"
+    on_gpu = stream_of(model).device.type == "cuda"
     room = len(ids) + 2 * WARM_UP + STEPS + STEPS + TRACED
     room = min(room, model.spec.context)
     ids = list(ids)[-(room - 1) :]

@@ -18,8 +18,12 @@ from gptcore.errors import InvalidInput
 from gptcore.explain.excerpt import Excerpt, excerpt
 from gptcore.explain.packed import pack
 from gptcore.recipe import Variant
-from gptcore.records import MAX_PROMPT_CHARS, RunKind, checked_text
+from gptcore.records import MAX_PROMPT_CHARS, RunKind, Sampling, checked_text
+from gptcore.sampling import likeliest, stages
 from gptcore.work import Desk, Loaded, Work
+
+CANDIDATES = 12
+"""Next tokens that an attribution offers to explain instead."""
 
 What = Literal["attention", "lens", "attribution", "worth", "difference", "profile"]
 Method = Literal["both", "leave_one_out", "gradients"]
@@ -163,13 +167,18 @@ def _lens(work: Explain, desk: Desk, loaded: Loaded) -> dict[str, Any]:
 
 
 def _attribution(work: Explain, desk: Desk, loaded: Loaded) -> dict[str, Any]:
-    """Return ``methods`` with scores and deletion curve each, and the curves of random orders."""
+    """Return ``methods`` with scores and deletion curve each, and the curves of random orders.
+
+    ``candidates`` are the likeliest next tokens; ``leads`` is the method to believe.
+    """
     from gptcore.explain import attribution
 
     engine = loaded.engine
     text = _text(work, loaded, attribution.MOST_TOKENS)
-    likeliest = int(engine.next_logits(text.ids).argmax())
-    target = likeliest if work.target_id is None else work.target_id
+    logits = engine.next_logits(text.ids)
+    candidates = likeliest(logits, CANDIDATES)
+    chances = stages(logits, Sampling(temperature=1.0))[0].probabilities(candidates)
+    target = int(candidates[0]) if work.target_id is None else work.target_id
     if target >= engine.model.spec.vocabulary:
         raise InvalidInput(
             f"Token id {target} is not in the vocabulary of {engine.model.spec.vocabulary:,}."
@@ -186,6 +195,10 @@ def _attribution(work: Explain, desk: Desk, loaded: Loaded) -> dict[str, Any]:
     result = {
         "text": text.as_json(),
         "target": {"id": target, "text": engine.tokenizer.token_text(target)},
+        "candidates": [
+            {"id": int(id), "text": engine.tokenizer.token_text(int(id)), "probability": float(p)}
+            for id, p in zip(candidates, chances, strict=True)
+        ],
         "log_probability": attribution.log_probability(engine.model, [text.ids], target)[0],
         "methods": methods,
         "gradients_problem": None,

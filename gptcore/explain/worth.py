@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptcore.errors import InvalidInput
+from gptcore.explain.excerpt import batch_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,7 @@ def losses(model: GPT, ids: Sequence[int]) -> Tensor:
     import torch
 
     with torch.inference_mode():
-        batch = torch.tensor([list(ids)], device=model.embedding.weight.device)
+        batch = batch_of(model, [ids])
         x, where = model.enter(batch)
         (logs,) = _logs(model, x, where, 0)
         return _losses(logs, batch[0])
@@ -103,7 +104,7 @@ def worth(
 
     found: list[Worth] = []
     with torch.inference_mode():
-        text = torch.tensor(list(ids), device=model.embedding.weight.device)  # (T,)
+        text = batch_of(model, [ids])[0]  # (T,)
         x, where = model.enter(text[None])
         (logs,) = _logs(model, x, where, 0)
         whole = _losses(logs, text)

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from gptcore.errors import Cancelled, InvalidInput
 from gptcore.explain.packed import unpack
 from gptcore.explain.work import Explain
 from gptcore.host.works import WORKS, work_from_json
-from gptcore.recipe import Variant
+from gptcore.passes.base import PassContext
+from gptcore.recipe import Recipe, Variant, place
 from gptcore.records import RunKind
+from gptcore.work import Loaded
 from tests.explain.models import LLAMA_SHAPE, TEXT
 from tests.measure.desk import FakeDesk, variant
 
@@ -114,6 +117,17 @@ def test_another_token_than_the_likeliest_can_be_explained() -> None:
         performed(what="attribution", target_id=300)
 
 
+def test_the_likeliest_tokens_are_offered() -> None:
+    desk = FakeDesk()
+    found = performed(desk, what="attribution", method="leave_one_out")
+    offered = found["candidates"]
+    assert offered[0]["id"] == found["target"]["id"]
+    logits = torch.from_numpy(desk.load(A).engine.next_logits(list(TEXT.encode())))
+    wanted = logits.softmax(-1).topk(len(offered))
+    assert [one["id"] for one in offered] == wanted.indices.tolist()
+    assert [one["probability"] for one in offered] == pytest.approx(wanted.values.tolist())
+
+
 def test_leaving_out_is_known_before_the_gradients_are() -> None:
     desk = FakeDesk()
     performed(desk, what="attribution", steps=8)
@@ -185,3 +199,29 @@ def test_the_host_can_read_the_order_back() -> None:
     assert WORKS[RunKind.EXPLAIN] is Explain
     work = Explain(what="difference", variant=A, other=B, prompt=TEXT, layer=1)
     assert work_from_json(RunKind.EXPLAIN, json.loads(work.model_dump_json())) == work
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_variant_of_packed_weights_can_be_looked_into(precision: str) -> None:
+    """Packed layers keep no matrix, and a packed embedding no numbers of the stream's kind."""
+
+    class PackingDesk(FakeDesk):
+        def load(self, variant: Variant) -> Loaded:
+            loaded = super().load(variant)
+            for one in variant.recipe.passes:
+                context = PassContext(placement=variant.placement)
+                loaded.engine.model = one.apply(loaded.engine.model, context).eval()
+            return loaded
+
+    placement, recipe = place(precision, "cpu", 1, Recipe())
+    packed = A.model_copy(update={"placement": placement, "recipe": recipe})
+    for what in ("attention", "lens", "worth", "profile"):
+        performed(PackingDesk(), what=what, variant=packed)
+    found = performed(PackingDesk(), what="difference", other=packed)
+    assert max(found["kl_nats"]) > 0
+    assert all(one["introduced"] > 0 for one in found["layers"][1:])
+    found = performed(PackingDesk(), what="attribution", variant=packed)
+    assert "leave_one_out" in found["methods"]
+    assert ("gradients" in found["methods"]) == (found["gradients_problem"] is None)
+    if precision == "int8":  # rounds its inputs, which torch's operation has no gradient for
+        assert "blocks.0.attention.q computes with packed weights" in found["gradients_problem"]

@@ -1,0 +1,197 @@
+"""The explain page: every view looks, draws what it found, and says what hinders it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from gptcore.explain.work import Explain
+from gptcore.lab import Lab
+from gptcore.records import RunState
+from pages.parts import explain_charts, explain_state, permalink, services
+from tests.conftest import ROOT
+from tests.tiny import tiny_checkpoint
+
+TEXT = "Once <b>upon</b> a time there was a small fox"
+VIEWS = tuple(explain_state.VIEWS)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One lab for all tests here, since each host takes seconds to start."""
+    folder: Path = tmp_path_factory.mktemp("explain")
+    tiny_checkpoint(folder / "data" / "models" / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTLAB_DATA", str(folder / "data"))
+        patch.setenv("GPTLAB_LOCKS", str(folder / "locks"))
+        with Lab.open(monitor=False) as lab:
+            services.set_lab(lab)
+            yield lab
+            services.set_lab(None)
+
+
+def opened(wanted: dict[str, Any] | None = None, **query: str) -> AppTest:
+    test = AppTest.from_file(str(ROOT / "pages" / "main.py"), default_timeout=60)
+    query |= {"e": permalink.pack(wanted)} if wanted else {}
+    query |= {"threads": "1"}
+    for name, value in query.items():
+        test.query_params[name] = value
+    test.run()
+    test.switch_page("lab/explain.py")
+    for name, value in query.items():
+        test.query_params[name] = value
+    test.run()
+    assert not test.exception, test.exception
+    return test
+
+
+def pressed(test: AppTest, label: str = "Look") -> AppTest:
+    next(one for one in test.button if one.label == label).click().run()
+    assert not test.exception, test.exception
+    return test
+
+
+def ended(lab: Lab, test: AppTest, view: str) -> AppTest:
+    """Wait for the view's look and draw it."""
+    assert not said(test)
+    run_id = (
+        test.session_state[explain_state.STEP][0]
+        if view == "Step"
+        else test.session_state[explain_state.RUNS][view]
+    )
+    assert lab.wait(run_id, 90).run.state is RunState.DONE, lab.wait(run_id).run.error
+    test.run()
+    assert not test.exception, test.exception
+    assert not said(test)
+    return test
+
+
+def said(test: AppTest) -> list[str]:
+    return [one.value.replace("\\", "") for one in test.error]
+
+
+def headings(test: AppTest) -> str:
+    return " ".join(one.value for one in test.markdown)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_is_empty_then_looks_and_is_drawn(lab: Lab, view: str) -> None:
+    test = opened({"view": view, "prompt": TEXT, "passage": TEXT}, model="tiny")
+    assert any("Nothing is looked at yet" in one.value for one in test.caption)
+    test = ended(lab, pressed(test), view)
+    assert not any("Nothing is looked at yet" in one.value for one in test.caption)
+    assert headings(test)
+
+
+@pytest.mark.parametrize("view", [view for view in VIEWS if view != "Step"])
+def test_a_look_of_a_link_is_drawn_with_its_own_text(lab: Lab, view: str) -> None:
+    test = ended(lab, pressed(opened({"view": view, "prompt": TEXT, "passage": TEXT},
+                                     model="tiny")), view)  # fmt: skip
+    run_id = test.query_params["look"]
+    again = opened(look=str(run_id[0] if isinstance(run_id, list) else run_id), model="tiny")
+    wanted = again.session_state[explain_state.KEY]
+    assert wanted.view == view
+    assert wanted.text == TEXT
+    assert headings(again) == headings(test)
+
+
+def test_a_slider_moves_the_numbers_without_another_forward_pass(lab: Lab) -> None:
+    test = ended(lab, pressed(opened({"prompt": TEXT}, model="tiny", top_k="5")), "Step")
+    kept = test.session_state[explain_state.STEP]
+
+    def metric(name: str) -> str:
+        return str(next(one.value for one in test.metric if one.label == name))
+
+    assert metric("Can be drawn") == "5"
+    test.slider(key="temperature").set_value(0.0).run()
+    assert metric("Entropy") == "0 bits"
+    assert metric("Can be drawn") == "1"
+    assert test.session_state[explain_state.STEP] == kept
+    assert not test.exception
+
+
+def test_another_head_is_looked_at_when_its_number_changes(lab: Lab) -> None:
+    test = ended(lab, pressed(opened({"view": "Attention", "prompt": TEXT}, model="tiny")),
+                 "Attention")  # fmt: skip
+    before = test.session_state[explain_state.RUNS]["Attention"]
+    next(one for one in test.number_input if one.label == "Head").set_value(3).run()
+    ended(lab, test, "Attention")
+    after = test.session_state[explain_state.RUNS]["Attention"]
+    assert after != before
+    assert lab.snapshot(after).run.result["head"] == 3
+    assert "Layer 0, head 3" in headings(test)
+
+
+def test_another_prediction_is_explained_when_it_is_chosen(lab: Lab) -> None:
+    test = ended(lab, pressed(opened({"view": "Attribution", "prompt": TEXT}, model="tiny")),
+                 "Attribution")  # fmt: skip
+    chosen = next(one for one in test.selectbox if one.label.startswith("What is explained"))
+    run_id = test.session_state[explain_state.RUNS]["Attribution"]
+    second = lab.snapshot(run_id).run.result["candidates"][1]["id"]
+    chosen.set_value(second).run()
+    ended(lab, test, "Attribution")
+    run_id = test.session_state[explain_state.RUNS]["Attribution"]
+    assert lab.snapshot(run_id).run.result["target"]["id"] == second
+
+
+def test_a_long_text_is_windowed_and_the_page_says_so(lab: Lab) -> None:
+    test = ended(lab, pressed(opened({"view": "Lens", "prompt": TEXT * 20}, model="tiny")), "Lens")
+    assert any("were left out" in one.value for one in test.info)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ({"prompt": "  "}, "The text is empty"),
+        ({"prompt": "a\x00b"}, "NUL"),
+        ({"view": "Lens", "prompt": "  "}, "The text is empty"),
+        ({"view": "Lens", "prompt": "a\x00b"}, "NUL"),
+        ({"view": "Difference", "passage": ""}, "The text is empty"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_one_sentence(
+    lab: Lab, wanted: dict[str, Any], sentence: str
+) -> None:
+    test = pressed(opened(wanted, model="tiny"))
+    (one,) = said(test)
+    assert sentence in one
+    assert explain_state.RUNS not in test.session_state
+
+
+def test_a_text_too_short_fails_with_its_sentence_in_place(lab: Lab) -> None:
+    test = pressed(opened({"view": "Lens", "prompt": "a"}, model="tiny"))
+    run_id = test.session_state[explain_state.RUNS]["Lens"]
+    lab.wait(run_id, 60)
+    test.run()
+    assert any("at least 2 are needed" in one for one in said(test))
+
+
+def test_damaged_links_are_said_and_not_used(lab: Lab) -> None:
+    assert any("damaged" in one for one in said(opened(e="not packed", model="tiny")))
+    assert any("not used" in one for one in said(opened({"layer": -1}, model="tiny")))
+    assert any("There is no look" in one for one in said(opened(look="0" * 12, model="tiny")))
+
+
+def test_two_models_with_other_tokens_are_refused_in_place(lab: Lab) -> None:
+    test = pressed(opened({"view": "Difference", "other_model": "gpt2", "passage": TEXT,
+                           "other_precision": "fp32"}, model="tiny"))  # fmt: skip
+    run_id = test.session_state[explain_state.RUNS]["Difference"]
+    assert lab.wait(run_id, 90).run.state is RunState.FAILED
+    test.run()
+    assert any("other tokens" in one for one in said(test))
+
+
+def test_labels_hold_no_markup() -> None:
+    assert explain_charts.label(" <b>x") == "&lt;b&gt;x"
+    assert explain_charts.label("\n\n") == "↵↵"
+    assert explain_charts.label("") == "∅"
+    assert explain_charts.label(" a") == "a"
+    assert len(explain_charts.label("x" * 100)) == explain_charts.LABEL_CHARS
+
+
+def test_every_what_of_the_work_has_a_view() -> None:
+    offered = {what for what in explain_state.VIEWS.values() if what}
+    known = Explain.model_fields["what"].annotation
+    assert offered == set(known.__args__)
