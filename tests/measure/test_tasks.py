@@ -191,6 +191,36 @@ def test_an_item_scores_the_same_alone_as_among_others(llama: GPT, tokenizer: To
     assert answer(llama, tokenizer, asked) == together
 
 
+class SharedScale(torch.nn.Module):
+    """A linear layer whose input is rounded to 15 steps of the largest value in all rows."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().max() / 7
+        rounded: torch.Tensor = self.inner((x / scale).round() * scale)
+        return rounded
+
+
+def test_items_are_computed_alone_where_rows_would_change_each_other(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    model = weights.build(weights.describe(folder), Placement())
+    for block in model.blocks:
+        block.mlp.down = SharedScale(block.mlp.down)
+    asked = items(30)
+    found = answer(model, tokenizer, asked)
+    for item, one in zip(asked, found, strict=True):
+        (alone,) = answer(model, tokenizer, [item])
+        assert alone.logprobs == pytest.approx(one.logprobs, abs=CLOSE)
+    monkeypatch.setattr(tasks, "APART_FP32", math.inf)
+    together = answer(model, tokenizer, asked)
+    gaps = [abs(x.logprobs[0] - y.logprobs[0]) for x, y in zip(found, together, strict=True)]
+    assert max(gaps) > 100 * CLOSE  # else computing them together would have done no harm
+
+
 def test_context_and_choice_are_read_as_one_text(llama: GPT, tokenizer: Tokenizer):
     # The context's last space belongs to the choice's first token, so it makes no difference.
     apart, joined = (
