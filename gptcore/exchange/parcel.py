@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     field_validator,
 )
@@ -195,6 +196,15 @@ def parcel_of(record: Mapping[str, Any], source: Source, where: str) -> Parcel:
     return marked(parcel, source, kept.origin)
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a text is expected, not {str(value)[:40]}")
+    return value
+
+
+Text = Annotated[str, PlainValidator(_text)]
+"""Any text, halves of surrogate pairs too, which a plain field refuses."""
+Json = dict[Text, Any]
 Number = Annotated[float, Field(allow_inf_nan=True)]
 RunId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
 Short = Annotated[str, Field(max_length=64)]
@@ -216,7 +226,7 @@ class _Record(BaseModel):
     kind: RunKind
     state: RunState
     created_at: AwareDatetime
-    model: str = Field("", max_length=10_000)
+    model: Text = ""
     precision: Short = ""
     device: Short = ""
     started_at: AwareDatetime | None = None
@@ -224,17 +234,17 @@ class _Record(BaseModel):
     variant_hash: Short | None = None
     parent_id: RunId | None = None
     error_kind: Short | None = None
-    error: str | None = None
+    error: Text | None = None
     numbers: Numbers | None = None
     measurements: tuple[_Measured, ...] = ()
-    tags: tuple[str, ...] = ()
-    note: str = ""
+    tags: tuple[Text, ...] = ()
+    note: Text = ""
     provenance: Provenance | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    result: dict[str, Any] | None = None
-    variant: dict[str, Any] | None = None
-    origin: dict[str, Any] | None = None
-    text: str = ""
+    settings: Json = Field(default_factory=dict)
+    result: Json | None = None
+    variant: Json | None = None
+    origin: Json | None = None
+    text: Text = ""
 
     @field_validator("created_at", "started_at", "ended_at")
     @classmethod
