@@ -471,11 +471,11 @@ def draw() -> None:
         st.fragment(errors.guarded(questions))(lab)
     with runs:
         chosen = listed(lab)
-        linked = st.query_params.get("run")
+        linked = st.query_params.get("id")
         if len(chosen) > 1:
             compared(lab, chosen)
         elif chosen:
-            st.query_params["run"] = chosen[0]
+            st.query_params["id"] = chosen[0]
             opened(lab, chosen[0])
         elif linked:
             opened(lab, linked[:64])

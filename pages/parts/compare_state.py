@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptcore.lab import Cell, Compare, Lab, StopRule
 from gptcore.recipe import Variant
-from gptcore.records import Request, Sampling
+from gptcore.records import Request, RunKind, Sampling
 from pages.parts import errors, permalink, settings
+from pages.parts.services import lab as shared_lab
 
 KEY = "compare"
 SAID = "compare_said"
@@ -104,7 +105,7 @@ def starting() -> Wanted:
 def current() -> Wanted:
     """Return the session's value, from the address when the page is entered by a link."""
     if KEY not in st.session_state:
-        st.session_state[KEY] = _from_address() or starting()
+        st.session_state[KEY] = _from_address() or _from_result() or starting()
     kept: Wanted = st.session_state[KEY]
     return kept
 
@@ -120,6 +121,31 @@ def _from_address() -> Wanted | None:
     except ValueError:
         say("The link's comparison is damaged and was not used.")
     return None
+
+
+def _from_result() -> Wanted | None:
+    """Return what was asked of the comparison that a link shows."""
+    run_id = st.query_params.get(RESULT, "")[: settings.ID_CHARS]
+    found = shared_lab().snapshot(run_id) if run_id else None
+    if found is None or found.run.kind is not RunKind.COMPARE:
+        return None
+    try:
+        work = Compare.model_validate(found.run.settings)
+        return Wanted(
+            sides=tuple(
+                Side.model_validate({"model": one.model, "precision": one.precision})
+                for one in work.variants
+            ),
+            prompt=starting().prompt,
+            max_new_tokens=starting().max_new_tokens,
+            prompt_tokens=work.cells[0].prompt_tokens,
+            new_tokens=work.cells[0].new_tokens,
+            batches=tuple(dict.fromkeys(one.batch for one in work.cells)),
+            max_pairs=work.stop.max_pairs,
+            half_width=work.stop.half_width,
+        )
+    except ValidationError:  # of another version, or with more than this page offers
+        return None
 
 
 def write_address(wanted: Wanted) -> None:

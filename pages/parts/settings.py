@@ -19,7 +19,7 @@ from gptcore.device import PRECISIONS, Placement, cores
 from gptcore.errors import InvalidInput
 from gptcore.lab import Lab
 from gptcore.recipe import SHORTHANDS, Variant
-from gptcore.records import Message, Request, Run, Sampling
+from gptcore.records import Message, Request, Run, RunKind, Sampling
 from pages.parts import errors, permalink
 from pages.parts.services import lab as shared_lab
 
@@ -236,6 +236,11 @@ def _read_url(lab: Lab) -> None:
             say(
                 f"The run {errors.brief(wanted)} of this link is not in the database; its settings "
                 "are here, so Generate can write it again."
+            )
+        elif found.run.kind is not RunKind.GENERATE:
+            say(
+                f"The run {errors.brief(wanted)} of this link is no text but a {found.run.kind}: "
+                "History shows it."
             )
         else:
             st.session_state["run"] = wanted

@@ -178,7 +178,7 @@ def test_a_run_is_opened_noted_and_done_again(lab: Lab) -> None:
     request = Request(prompt="Once <b>upon</b>", seed=3, max_new_tokens=6, ignore_eos=True)
     run_id = lab.generate(lab.variant("tiny", threads=1), request)
     assert lab.wait(run_id, 60).run.state is RunState.DONE
-    test = page("operate/history.py", run=run_id)
+    test = page("operate/history.py", id=run_id)
     (note,) = (one for one in test.text_input if one.label == "Note")
     note.input("slow | fast <i>").run()
     (pin,) = (one for one in test.toggle if one.label == "Pinned")
@@ -201,7 +201,7 @@ def test_a_comparison_is_done_again_from_its_settings(lab: Lab) -> None:
     )
     run_id = lab.compare(work)
     lab.wait(run_id, 60)
-    test = page("operate/history.py", run=run_id)
+    test = page("operate/history.py", id=run_id)
     clicked(test, "Run again")
     measured(lab, 2)
     newest = lab.runs(kind=RunKind.COMPARE)[0]
