@@ -123,8 +123,8 @@ def lines_of(parcel: Parcel) -> list[dict[str, Any]]:
             "n_gen": 0 if test.prefill else test.tokens,
             "n_depth": test.prompt_tokens,
             "test_time": f"{parcel.run.created_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}",
-            "avg_ns": round(statistics.fmean(nanoseconds)),
-            "stddev_ns": round(_deviation(nanoseconds)),
+            "avg_ns": int(statistics.fmean(nanoseconds)),  # llama-bench cuts these two off
+            "stddev_ns": int(_deviation(nanoseconds)),
             "avg_ts": round(statistics.fmean(rates), 6),
             "stddev_ts": round(_deviation(rates), 6),
             "samples_ns": nanoseconds,

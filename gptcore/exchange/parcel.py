@@ -16,12 +16,14 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
@@ -206,7 +208,17 @@ Text = Annotated[str, PlainValidator(_text)]
 """Any text, halves of surrogate pairs too, which a plain field refuses."""
 Json = dict[Text, Any]
 Number = Annotated[float, Field(allow_inf_nan=True)]
-RunId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
+
+
+def _run_id(value: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", value):
+        raise ValueError(
+            f"the id of a run is {value[:40]!r}; it must be 1 to 64 letters, digits, - and _"
+        )
+    return value
+
+
+RunId = Annotated[str, AfterValidator(_run_id)]
 Short = Annotated[str, Field(max_length=64)]
 
 
@@ -245,6 +257,17 @@ class _Record(BaseModel):
     variant: Json | None = None
     origin: Json | None = None
     text: Text = ""
+
+    @field_validator("kind", "state", mode="before")
+    @classmethod
+    def _one_of(cls, value: Any, info: ValidationInfo) -> Any:
+        known = RunKind if info.field_name == "kind" else RunState
+        if value not in list(known):
+            raise ValueError(
+                f"the {info.field_name} of the run is {str(value)[:40]!r}; there are: "
+                f"{', '.join(known)}"
+            )
+        return value
 
     @field_validator("created_at", "started_at", "ended_at")
     @classmethod

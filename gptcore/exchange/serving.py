@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, lru_cache
 from typing import Any
 
 from gptcore.errors import InvalidInput
@@ -254,6 +255,7 @@ def _measured(
             yield found[1], [value * found[0].factor]
 
 
+@lru_cache(maxsize=4096)
 def _mapped(source: Source, path: str) -> tuple[Mapped, str] | None:
     """Return the table's line for one of their fields, and our name; None if there is none."""
     path = _renamed(source, path)
@@ -285,6 +287,7 @@ def _renamed(source: Source, path: str) -> str:
     return path
 
 
+@cache
 def _pattern(one: Mapped) -> re.Pattern[str]:
     return re.compile(re.escape(one.theirs).replace(r"\*", STATISTIC))
 

@@ -284,8 +284,7 @@ def test_the_fields_are_those_of_llama_bench_in_its_order() -> None:
     shared = [name for name in line if name in llama_bench_line()]
     assert shared == list(llama_bench_line())
     for name, value in llama_bench_line().items():
-        if name != "flash_attn":  # was true or false once, and is -1, 0 or 1 today
-            assert type(line[name]) is type(value), name
+        assert type(line[name]) is type(value), name
 
 
 def test_a_generation_is_two_tests_of_one_repetition() -> None:
