@@ -9,7 +9,7 @@ Every score has a 95 % percentile bootstrap interval over the pairs (Koehn 2004,
 drawn with replacement, and the statistics of the drawn ones are summed, so no text is read again.
 
 Error: the interval speaks of other pairs of this kind, not of other texts that the model could
-have drawn for the same prompts; with fewer than about 20 pairs it is too narrow.
+have drawn for the same prompts; with fewer than 20 pairs it is too narrow, and is said to be.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from gptcore.records import checked_text
 MAX_CHARS = 20_000
 """Of one text: ROUGE-L compares every word with every other, here in about two seconds."""
 MAX_REFERENCES = 20
+LEAST_PAIRS = 20
+"""Below it the bootstrap's intervals are too narrow, so no difference is claimed."""
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 CHUNK = 100
@@ -137,10 +139,13 @@ class TextDifference:
     low: float | None
     """95 % interval of the difference, both drawn together; None for a single pair."""
     high: float | None
+    n: int
 
     @property
     def verdict(self) -> str:
-        """B against A: ``better``, ``worse`` or ``no detectable difference``."""
+        """B against A: ``better``, ``worse``, ``no detectable difference``, or that n is small."""
+        if self.n < LEAST_PAIRS:
+            return f"no verdict from fewer than {LEAST_PAIRS} pairs"
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "no detectable difference"
         return "better" if self.low > 0 else "worse"
@@ -243,6 +248,7 @@ def compare_pairs(
             two.whole,
             two.whole - one.whole,
             *_interval(scores_b - scores_a, len(a)),
+            len(a),
         )
         for one, two, scores_a, scores_b in zip(of_a, of_b, drawn_a, drawn_b, strict=True)
     )
@@ -478,7 +484,12 @@ def _interval(scores: Floats, n: int) -> tuple[float | None, float | None]:
 
 def _notes(hypotheses: list[str], references: list[list[str]]) -> Iterator[str]:
     if len(hypotheses) == 1:
-        yield "One pair has no interval: give more."
+        yield f"One pair has no interval: give {LEAST_PAIRS} or more."
+    elif len(hypotheses) < LEAST_PAIRS:
+        yield (
+            f"{len(hypotheses)} pairs are few: the true intervals are wider than these. Give "
+            f"{LEAST_PAIRS} or more."
+        )
     empty = sum(not one.strip() for one in hypotheses)
     if empty:
         yield f"{empty:,} of {len(hypotheses):,} texts are empty and score 0."

@@ -121,7 +121,7 @@ def test_equal_texts_score_full_marks_and_foreign_ones_nothing():
 
 def test_an_empty_text_scores_nothing_and_is_said():
     found = score_pairs(["", "the fox slept"], ["the fox slept", "the fox slept"], resamples=50)
-    assert "1 of 2 texts are empty" in found.notes[0]
+    assert any("1 of 2 texts are empty" in note for note in found.notes)
     assert found["rouge1"].value == pytest.approx(0.5)
     alone = score_pairs(["  "], ["the fox slept"])
     assert [one.value for one in alone.scores] == [0] * 6
@@ -202,6 +202,16 @@ def test_a_worse_side_is_found_and_equal_sides_are_not():
         assert one.verdict == "no detectable difference"
 
 
+def test_a_handful_of_pairs_gets_no_verdict():
+    good, references = texts(20, seed=9)
+    bad = ["xyz"] * 20
+    assert {one.verdict for one in compare_pairs(good, bad, references)} == {"worse"}
+    few = compare_pairs(good[:19], bad[:19], references[:19])
+    assert {one.verdict for one in few} == {"no verdict from fewer than 20 pairs"}
+    notes = score_pairs(good[:19], references[:19], resamples=5).notes
+    assert notes == ("19 pairs are few: the true intervals are wider than these. Give 20 or more.",)
+
+
 def test_pairing_makes_the_interval_of_a_difference_narrow():
     good, references = texts(60, seed=8)
     nearly = [one + " fox" for one in good]
@@ -217,7 +227,7 @@ def test_texts_that_rouge_does_not_read_are_noted():
     assert found["rouge1"].value == 0
     assert found["chrf"].value == pytest.approx(100)
     assert any("ROUGE reads the letters a to z" in note for note in found.notes)
-    assert not score_pairs(["the fox"] * 2, ["the fox"] * 2, resamples=5).notes
+    assert not score_pairs(["the fox"] * 20, ["the fox"] * 20, resamples=5).notes
 
 
 @pytest.mark.parametrize(
