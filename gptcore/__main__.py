@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import ModelEntry
-from gptcore.cli import corpus, evaluate, measuring
+from gptcore.cli import corpus, evaluate, measuring, train
 from gptcore.cli.terminal import (
     REFUSED,
     Unread,
@@ -374,6 +374,9 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_write_arguments(written)
     shown = _command(verbs, "sheet", corpus.show_sheet, "say what it holds")
     corpus.add_sheet_arguments(shown)
+
+    trained = _command(commands, "train", train.train_model, "train a model of one's own")
+    train.add_arguments(trained)
     return parser
 
 

@@ -24,8 +24,8 @@ from gptcore.paths import ROOT
 
 PENDING = "pending.jsonl"
 SHARD = re.compile(r"\d{4}\.jsonl\.xz")
-SHARD_CHARS = 2_500_000
-"""Characters of text after which a shard is closed: about 0.7 MB on disk."""
+SHARD_CHARS = 1_000_000
+"""Characters of text after which a shard is closed: about 0.35 MB on disk."""
 FORMAT = 1
 
 Part = Literal["train", "validation", "test", "calibration"]

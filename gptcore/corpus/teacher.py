@@ -95,7 +95,7 @@ def write_batch(
         cache, logits = _read(model, prompts, max_new_tokens)
         favoured = torch.tensor(sorted(end_ids), device=logits.device)
         rows = list(range(len(prompts)))  # rows[i] is the text that sequence i of the batch writes
-        written = torch.zeros(len(rows), model.spec.vocabulary, dtype=torch.bool)  # (B, V)
+        written = torch.zeros_like(logits, dtype=torch.bool)  # (B, V)
         for position in range(max_new_tokens):
             breathe()
             randoms = [uniform(seeds[row], position) for row in rows]

@@ -61,6 +61,10 @@ class EnergyMeter:
     def __exit__(self, *_: object) -> None:
         self.energy = self._between(self._before, self._read())
 
+    def so_far(self) -> Energy:
+        """Return what the block, which still lasts, took until now."""
+        return self._between(self._before, self._read())
+
     def _between(self, before: tuple[float, ...], after: tuple[float, ...]) -> Energy:
         if self._device.startswith("cuda"):
             if not (before and after):
