@@ -160,6 +160,19 @@ def require_device(device: str) -> Device:
     return known[device]
 
 
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Return which generation a CUDA device is of, such as (9, 0) for Hopper; None where unknown."""
+    if not device.startswith("cuda:"):
+        return None
+    with _Nvml() as nvml:
+        gpus = _gpus(nvml) if nvml is not None else ()
+        index = int(device[5:])
+        if index >= len(gpus):
+            return None
+        found = _asked(nvml, "nvmlDeviceGetCudaComputeCapability", gpus[index])
+        return None if found is None else (int(found[0]), int(found[1]))
+
+
 def _cpu() -> Device:
     cautions = [
         ("fp16", "Most CPUs compute fp16 in software: prefill is several times slower than fp32.")

@@ -288,7 +288,7 @@ class GPT(nn.Module):
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Return an empty cache for ``capacity`` positions, on the model's device."""
-        weight = self.embedding.weight
+        weight = next(self.norm.parameters())
         return KVCache(self.spec, capacity, batch, weight.dtype, weight.device)
 
     def linears(self) -> Iterator[tuple[str, nn.Module]]:

@@ -43,7 +43,7 @@ class Recipe(BaseModel):
                     f"{after.name} ({after.stage.name}) stands after {before.name} "
                     f"({before.stage.name}); the order is SHAPE, NUMBERS, RUNTIME"
                 )
-        quantizers = [one.name for one in value if one.name in SHORTHANDS]
+        quantizers = [one.name for one in value if one.quantizes]
         if len(quantizers) > 1:
             raise ValueError(f"{' and '.join(quantizers)} both quantize; choose one")
         return value
@@ -106,7 +106,7 @@ def place(precision: str, device: str, threads: int, recipe: Recipe) -> tuple[Pl
         InvalidInput: ``precision`` is unknown, or both it and the recipe quantize.
     """
     if precision in SHORTHANDS:
-        if any(one.name in SHORTHANDS for one in recipe.passes):
+        if any(one.quantizes for one in recipe.passes):
             raise InvalidInput(
                 f"Precision {precision} and the recipe ({recipe}) both quantize; choose one."
             )

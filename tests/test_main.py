@@ -560,7 +560,7 @@ REFUSALS = {
     "unknown pass": (("--recipe", '[{"pass": "p"}]'), r"There is no pass 'p'; there are: .*"),
     "unknown parameter": (
         ("--recipe", '[{"pass": "int8", "bits": 3}]'),
-        r"Pass 'int8' has no parameter 'bits'; it has none\.",
+        r"Pass 'int8' has no parameter 'bits'; it has: method, head, embedding\.",
     ),
     "two quantizers": (
         ("--precision", "int8", "--recipe", '[{"pass": "int4"}]'),

@@ -193,14 +193,16 @@ def repacked(module: nn.Module, arena: Arena) -> PackedLinear | None:
     """
     packed = getattr(module, "packed", None)
     if isinstance(packed, torch.ScriptObject):
-        return _from_int8(packed, arena)
+        return _from_int8(packed, module.bias, arena)
     if isinstance(packed, Tensor) and packed.dtype == torch.uint8:
         return _from_int4(module, packed, arena)
     return None
 
 
-def _from_int8(packed: torch.ScriptObject, arena: Arena) -> PackedLinear | None:
-    weight, bias = torch.ops.quantized.linear_unpack(packed)
+def _from_int8(
+    packed: torch.ScriptObject, bias: Tensor | None, arena: Arena
+) -> PackedLinear | None:
+    weight, _ = torch.ops.quantized.linear_unpack(packed)
     codes = weight.int_repr()  # (N, K) int8
     if weight.qscheme() != torch.per_channel_affine or weight.q_per_channel_zero_points().any():
         return None

@@ -56,7 +56,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     parts = []
     for part in torch.split(packed, ROWS_AT_ONCE):
         bytes_ = torch.arange(bits, device=packed.device) * 8
-        words = (part.view(len(part), -1, bits).long() << bytes_).sum(2)
+        words = (part.view(len(part), packed.shape[1] // bits, bits).long() << bytes_).sum(2)
         places = torch.arange(8, device=packed.device) * bits
         codes = words[..., None] >> places & (1 << bits) - 1
         parts.append(codes.to(torch.uint8).flatten(1)[:, :columns])

@@ -78,7 +78,8 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
     A step multiplies with every linear layer, the head included, and picks one row of an
     embedding, which is not counted. Tensors that share storage (a tied head) count once. A
-    module that packs its weights out of torch's sight says how many in ``packed_bytes``.
+    module that packs its weights out of torch's sight says how many in ``packed_bytes``, and in
+    ``looked_up_bytes`` how many of these are picked by rows.
     """
     from torch import nn
 
@@ -90,4 +91,5 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
             step += sum(own.values())
         seen |= own
         packed += getattr(module, "packed_bytes", 0)
+        step -= getattr(module, "looked_up_bytes", 0)
     return sum(seen.values()) + packed, step + packed

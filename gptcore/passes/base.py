@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -75,7 +75,9 @@ def refuse_nan(name: str, weight: Tensor) -> None:
     Raises:
         NumericalError: NaN or infinity is among them.
     """
-    if not weight.detach().float().sum().isfinite():
+    import torch
+
+    if not weight.detach().sum(dtype=torch.float32).isfinite():
         raise NumericalError(
             f"{name} holds NaN or infinite weights, which no pass can work with: choose another "
             "model."
@@ -92,6 +94,10 @@ class Pass(BaseModel):
     title: ClassVar[str]
     mechanism: ClassVar[str]
     """Why it should be faster or smaller, in words."""
+    quantizes: ClassVar[bool] = False
+    """Whether it packs the linear layers, which can be done once only."""
+    also_called: ClassVar[Mapping[str, str]] = {}
+    """Other names of its fields, with the fields'."""
 
     def blocked_by(self, spec: ModelSpec, placement: Placement) -> str | None:
         """Return the sentence that says why this pass cannot run here, or None if it can."""

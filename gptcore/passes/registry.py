@@ -46,6 +46,7 @@ def pass_from_json(value: Any) -> Pass:
     if name not in passes():
         raise InvalidInput(f"There is no pass {brief(name)!r}; there are: {', '.join(passes())}.")
     kind = passes()[name]
+    fields = {kind.also_called.get(key, key): one for key, one in fields.items()}
     if strange := [key for key in fields if key not in kind.model_fields]:
         there = f"it has: {', '.join(kind.model_fields)}" if kind.model_fields else "it has none"
         raise InvalidInput(f"Pass {name!r} has no parameter {brief(strange[0])!r}; {there}.")

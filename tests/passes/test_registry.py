@@ -14,7 +14,7 @@ from gptcore.device import Placement
 from gptcore.errors import InvalidInput
 from gptcore.passes import registry
 from gptcore.passes.base import Coverage, Pass, PassContext, Stage
-from gptcore.passes.registry import by_name, pass_from_json, passes
+from gptcore.passes.registry import _leaves, by_name, pass_from_json, passes
 from gptcore.spec import GPT2, PRESETS
 
 every_pass = pytest.mark.parametrize("kind", passes().values(), ids=passes())
@@ -84,8 +84,14 @@ def test_predicted_bytes_are_positive_and_the_peak_is_no_less(kind: type[Pass], 
             {"pass": "x" * 500},
             f"There is no pass '{'x' * 39}…'; there are: {', '.join(passes())}.",
         ),
-        ({"pass": "int4", "groups": 32}, "Pass 'int4' has no parameter 'groups'; it has: group."),
-        ({"pass": "int8", "group": 32}, "Pass 'int8' has no parameter 'group'; it has none."),
+        (
+            {"pass": "int4", "groups": 32},
+            "Pass 'int4' has no parameter 'groups'; it has: method, head, embedding, group.",
+        ),
+        (
+            {"pass": "int8", "group": 32},
+            "Pass 'int8' has no parameter 'group'; it has: method, head, embedding.",
+        ),
         (
             {"pass": "int4", "group": 48},
             "Pass 'int4': Group size is 48; there are: 32, 64 or 128.",
@@ -144,11 +150,11 @@ def test_an_import_error_in_a_pass_is_let_through(
 
 def _only_registered(root: type[Pass]) -> list[type[Pass]]:
     """As the registry's own search, without what other tests of this file define."""
-    found = []
-    for child in root.__subclasses__():
-        if child.__module__.startswith("gptcore.passes.") and child.__module__ in sys.modules:
-            found.append(child)
-    return found
+    return [
+        child
+        for child in _leaves(root)
+        if child.__module__.startswith("gptcore.passes.") and child.__module__ in sys.modules
+    ]
 
 
 def test_a_pass_without_apply_is_a_bug_that_is_named() -> None:
