@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -115,9 +116,9 @@ def read(data: bytes) -> Arrived:
     ids = [one.run.id for one in arrived.parcels]
     if len(ids) > MAX_RUNS:
         raise InvalidInput(f"The file holds {len(ids):,} runs; the most is {MAX_RUNS:,}.")
-    if len(set(ids)) < len(ids):
-        twice = next(one for at, one in enumerate(ids) if one in ids[:at])
-        raise InvalidInput(f"The run {twice} is in the file twice.")
+    id, times = Counter(ids).most_common(1)[0] if ids else ("", 1)
+    if times > 1:
+        raise InvalidInput(f"The run {id} is in the file {times} times.")
     return arrived
 
 

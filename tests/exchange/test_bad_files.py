@@ -107,7 +107,7 @@ def test_too_large_a_number_for_the_database_is_refused() -> None:
 
 
 def test_a_run_twice_in_a_file_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="9e9e9e9e9e9e is in the file twice"):
+    with pytest.raises(InvalidInput, match="9e9e9e9e9e9e is in the file 2 times"):
         read(export([generation(), generation()], Format.JSON).data)
 
 
