@@ -191,9 +191,10 @@ def repacked(module: nn.Module, arena: Arena) -> PackedLinear | None:
     What was packed by torch's own operations is unpacked by them or, as torch cannot unpack its
     4-bit layout, by looking where it puts the bits of known numbers.
     """
-    packed = getattr(module, "packed", None)
+    packed: Any = getattr(module, "packed", None)
+    bias: Any = getattr(module, "bias", None)
     if isinstance(packed, torch.ScriptObject):
-        return _from_int8(packed, module.bias, arena)
+        return _from_int8(packed, bias, arena)
     if isinstance(packed, Tensor) and packed.dtype == torch.uint8:
         return _from_int4(module, packed, arena)
     return None

@@ -290,9 +290,13 @@ def _held(
         total += layers * _packed(one.rows, one.columns, one.bias, precision, size, tensor)
     if embeds:
         table = _share(spec.vocabulary * d, tensor)
-        table += spec.context * d if spec.position == "learned" else 0
-        parameters += table
-        total += table * size
+        places = spec.context * d if spec.position == "learned" else 0
+        parameters += table + places
+        total += places * size
+        if precision == "int8":  # its pass packs the table too, with a scale a row
+            total += _share(spec.vocabulary * (d + 4), tensor)
+        else:
+            total += table * size
     if heads:
         parameters += norm
         total += norm * size
