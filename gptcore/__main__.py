@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import ModelEntry
-from gptcore.cli import corpus, evaluate, measuring, train
+from gptcore.cli import corpus, evaluate, measuring, runs, train
 from gptcore.cli.terminal import (
     REFUSED,
     Unread,
@@ -364,6 +364,14 @@ def _parser() -> argparse.ArgumentParser:
         evaluations, "perplexity", evaluate.perplexity, "perplexity, alone or against another"
     )
     evaluate.add_arguments(scored)
+
+    kept_runs = commands.add_parser("runs", help="what is in the database")
+    verbs = kept_runs.add_subparsers(required=True, metavar="VERB")
+    runs.add_list_arguments(_command(verbs, "list", runs.listed, "list runs, newest first"))
+    _command(verbs, "show", runs.show, "show one run").add_argument("id")
+    runs.add_export_arguments(_command(verbs, "export", runs.export, "write runs into a file"))
+    brought = _command(verbs, "import", runs.bring_in, "read runs from a file")
+    brought.add_argument("file")
 
     planned = _command(commands, "plan", lambda chosen: planning.plan(chosen, say), PLAN_HELP)
     planning.add_arguments(planned)

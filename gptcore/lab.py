@@ -32,6 +32,10 @@ from gptcore.errors import (
     UnknownModel,
     internal_error,
 )
+from gptcore.exchange import Departed as Departed
+from gptcore.exchange import Format as Format
+from gptcore.exchange import Parcel, export
+from gptcore.exchange import read as read_runs
 from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
 from gptcore.host.works import WORKS, work_from_json
@@ -547,6 +551,40 @@ class Lab:
         runs = [found.run for one in run_ids if (found := self.snapshot(one))]
         made = [(run, self.run_provenance(run)) for run in runs]
         return differing_settings(runs), differing_conditions(made)
+
+    def export(self, run_ids: Sequence[str], form: Format) -> Departed:
+        """Return runs as a file, with their measurements, notes and provenance."""
+        return export([self._parcel(one) for one in run_ids], form)
+
+    def import_runs(self, data: bytes) -> tuple[int, int]:
+        """Keep the runs of a file; return how many were new, and how many were here already.
+
+        Raises:
+            InvalidInput: the file is too large, damaged or foreign; nothing of it is kept.
+            StoreError: the database cannot take them.
+        """
+        parcels = read_runs(data).parcels
+        new = [one for one in parcels if self._store.run(one.run.id) is None]
+        for one in new:
+            self._store.add_run(one.run)
+            self._store.add_measurements(one.measurements)
+            if one.annotation != Annotation():
+                self._store.annotate(one.run.id, tags=one.annotation.tags, note=one.annotation.note)
+        return len(new), len(parcels) - len(new)
+
+    def _parcel(self, run_id: str) -> Parcel:
+        found = self.snapshot(run_id)
+        if found is None:
+            raise InvalidInput(f"There is no run {brief(run_id)} to export.")
+        run = found.run
+        kept = self._store.variant(run.variant_hash, run.created_at) if run.variant_hash else None
+        return Parcel(
+            run=run,
+            measurements=self.measurements(run_id),
+            annotation=self.annotation(run_id),
+            variant=kept[0] if kept else None,
+            provenance=kept[1] if kept else None,
+        )
 
     def again(self, run_id: str) -> str:
         """Do once more what a run did, linked to it; return the id of the new run.

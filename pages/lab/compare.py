@@ -160,7 +160,8 @@ def sides(lab: Lab, wanted: Wanted) -> None:
 def speed(lab: Lab, wanted: Wanted) -> None:
     """Draw what is measured, and the comparison that was."""
     with st.container(border=True):
-        row = st.columns(4)
+        grid = st.grid("auto", min_column_width=150, gap="small")
+        row = [grid.cell() for _ in range(4)]
         for column, name, label in zip(
             row,
             ("prompt_tokens", "new_tokens", "max_pairs"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import streamlit as st
 
 from gptcore.errors import GptcoreError
-from gptcore.lab import Filter, Found, Lab
+from gptcore.lab import Filter, Format, Found, Lab
 from gptcore.records import Run, RunKind, RunState
 from pages.parts import charts, errors
 from pages.parts import format as shown
@@ -173,6 +174,7 @@ def listed(lab: Lab) -> tuple[str, ...]:
             f"{shown.whole(count)} · mark one row to open it, several to compare them",
             width="stretch",
         )
+        carried(lab, selected(runs, chosen))
         if count > PAGE:
             st.number_input(
                 "Page",
@@ -182,7 +184,52 @@ def listed(lab: Lab) -> tuple[str, ...]:
                 width=130,
                 label_visibility="collapsed",
             )
+    return selected(runs, chosen)
+
+
+def selected(runs: Sequence[Found], chosen: Any) -> tuple[str, ...]:
+    """Return the ids of the marked rows."""
     return tuple(runs[row].id for row in chosen["selection"]["rows"] if row < len(runs))
+
+
+def carried(lab: Lab, chosen: Sequence[str]) -> None:
+    """Draw what takes runs away as a file, and what brings them in."""
+    with st.popover("Export and import", icon=":material/import_export:"):
+        forms = {"CSV": Format.CSV, "JSON": Format.JSON, "llama-bench JSONL": Format.LLAMA_BENCH}
+        if not chosen:
+            st.caption("Mark the runs to export in the table.")
+        else:
+            st.caption(f"{len(chosen)} marked runs, with every observation and what made it:")
+            for label, form in forms.items():
+                st.download_button(
+                    label,
+                    partial(exported, lab, chosen, form),
+                    f"runs{form.suffix}",
+                    icon=":material/download:",
+                )
+        file = st.file_uploader(
+            "Import runs",
+            type=["csv", "json", "jsonl"],
+            key="history_file",
+            help="What this page exports; llama-bench's JSON and JSONL; benchmark results of vLLM "
+            "and GuideLLM.",
+        )
+        if file is not None and st.session_state.get("history_imported") != file.file_id:
+            st.session_state["history_imported"] = file.file_id
+            try:
+                new, known = lab.import_runs(file.getvalue())
+            except GptcoreError as error:
+                st.session_state["history_said"] = errors.sentence(error)
+            else:
+                st.session_state["history_said_well"] = (
+                    f"{new} runs were brought in; {known} were here already."
+                )
+            st.rerun()
+
+
+def exported(lab: Lab, ids: Sequence[str], form: Format) -> bytes:
+    """Return runs as a file."""
+    return lab.export(ids, form).data
 
 
 def table(runs: Sequence[Found]) -> dict[str, list[Any]]:
