@@ -34,7 +34,7 @@ from gptcore.errors import (
 )
 from gptcore.exchange import Departed as Departed
 from gptcore.exchange import Format as Format
-from gptcore.exchange import Parcel, export
+from gptcore.exchange import Parcel, export, imported
 from gptcore.exchange import read as read_runs
 from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
@@ -606,7 +606,9 @@ class Lab:
         return self.generate(variant, Request.model_validate(run.settings), parent_id=run_id)
 
     def run_provenance(self, run: Run) -> Provenance | None:
-        """Return what made a run: machine, versions, weights."""
+        """Return what made a run: machine, versions, weights; None where it is not known."""
+        if arrived := imported(run):
+            return arrived.provenance
         found = self._store.variant(run.variant_hash, run.created_at) if run.variant_hash else None
         return found[1] if found else None
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from gptcore.__main__ import main
 from gptcore.store import open_store
-from tests.store.examples import ended, numbers
+from tests.store.examples import START, ended, numbers, provenance
 
 
 @pytest.fixture
 def three(data_folder: Path) -> list[str]:
-    runs = [ended(i, text=f"text {i}", numbers=numbers()) for i in range(3)]
+    runs = [
+        ended(i, text=f"text {i}", numbers=numbers(), created_at=START + timedelta(days=400))
+        for i in range(3)
+    ]
     with open_store() as store:
         for one in runs:
             store.add_run(one)
+        store.add_variant(runs[0].variant_hash, {"model": "tiny"}, provenance())
         store.annotate(runs[0].id, tags=("kept",), note="=not a formula")
     return [one.id for one in runs]
 
