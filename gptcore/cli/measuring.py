@@ -18,12 +18,14 @@ from gptcore.cli.terminal import (
     variant_of,
 )
 from gptcore.errors import InvalidInput
+from gptcore.exchange import Format, Parcel, export
 from gptcore.measure.bench import TARGETS, Bench
 from gptcore.measure.compare import Compare
 from gptcore.measure.statistics import StopRule
 from gptcore.measure.timing import Cell
 from gptcore.provenance import provenance
 from gptcore.recipe import Variant
+from gptcore.records import Measurement, Run
 from gptcore.sentences import one_line
 
 MAX_CELLS = 64
@@ -44,6 +46,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             default=field.default,
             help=f"{field.description} (default {field.default})",
         )
+    parser.add_argument(
+        "--llama-bench-json",
+        action="store_true",
+        help="print the lines of llama-bench -o jsonl instead",
+    )
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,10 +133,31 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     run = perform(work, options)
     assert run.result is not None
     result = {**run.result, **_conditions(variant), "run_id": run.id}
-    if not options.json:
+    if options.llama_bench_json:
+        options.json = False
+        say(llama_bench_lines(run, variant), end="")
+    elif not options.json:
         for line in bench_lines(result):
             say(line)
     return result
+
+
+def llama_bench_lines(run: Run, variant: Variant) -> str:
+    """Return the prefills and decodes of a bench as llama-bench prints its tests."""
+    assert run.result is not None
+    measured = tuple(
+        Measurement(run.id, f"{label(one)} {one['name']}", tuple(one["observations"]))
+        for one in run.result["measurements"]
+        if "batch" in one
+    )
+    made = provenance(variant.weights_id, variant.placement.resolved_threads)
+    parcel = Parcel(run, measured, variant=variant.model_dump(mode="json"), provenance=made)
+    return export([parcel], Format.LLAMA_BENCH).data.decode()
+
+
+def label(cell: Mapping[str, Any]) -> str:
+    """Return the few letters that name the cell of a measurement."""
+    return Cell.model_validate({name: cell[name] for name in Cell.model_fields}).label
 
 
 def bench_lines(result: Mapping[str, Any]) -> Iterator[str]:

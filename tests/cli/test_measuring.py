@@ -75,6 +75,19 @@ def test_bench_as_text_has_a_line_a_number_and_a_label_on_its_energy(
         assert store.runs(kind="bench") == ()
 
 
+def test_bench_speaks_llama_benchs_language(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ("--llama-bench-json", "--prompt-tokens", "8", "--new-tokens", "4", "--threads", "1")
+    status, out, _ = ran(capsys, "bench", "--model", model, *QUICK, *chosen)
+    assert status == 0
+    prefill, decode = sorted(map(json.loads, out.splitlines()), key=lambda one: one["n_gen"])
+    assert (prefill["n_prompt"], prefill["n_gen"]) == (8, 0)
+    assert (decode["n_prompt"], decode["n_gen"], decode["n_depth"]) == (0, 3, 8)
+    assert decode["avg_ts"] == pytest.approx(
+        sum(3e9 / one for one in decode["samples_ns"]) / len(decode["samples_ns"]), rel=1e-3
+    )
+    assert len(decode["samples_ns"]) >= 2
+
+
 def test_compare_names_both_sides_and_says_a_sentence(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
