@@ -126,7 +126,8 @@ class Int8Linear(_PrepackedInt8):
         if x.numel() == self.columns:
             y: Tensor = multiply(x, self.integers, self.reduce_range)
         else:
-            reach = x.abs().amax(-1, keepdim=True).clamp_min_(1e-12)
+            reach = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+            reach = reach.clamp_min_(1e-12)
             y = multiply(x * reach.reciprocal(), self.integers, self.reduce_range).mul_(reach)
         return y if self.bias is None else y.add_(self.bias)
 

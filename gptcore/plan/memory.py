@@ -181,6 +181,8 @@ def inference(
     inner = (2 + (spec.mlp == "swiglu")) * spec.hidden
     attending = 2 * (spec.q_width + spec.kv_width)
     activations = tokens * (3 * spec.width + max(inner, attending) // split.tensor) * size
+    if on_cpu and precision == "int8":  # several tokens are brought to one magnitude first
+        activations += tokens * spec.hidden * size
     activations += 2 * batch * spec.vocabulary * 4 // split.tensor
     return Memory(max(one.weights_bytes for one in held), cache, activations, 0, 0, scratch_bytes)
 
