@@ -146,6 +146,21 @@ def outcome(lab: Lab, wanted: Wanted) -> None:
     st.fragment(errors.guarded(drawn), run_every=None if found else TICK_S)(
         lab, wanted.view, run_id, found is None
     )
+    if found is None:
+        before(lab, wanted.view)
+
+
+def before(lab: Lab, view: str) -> None:
+    """Draw what stood there while a look of the same kind goes on, outside of its ticks."""
+    found = lab.snapshot(st.session_state.get(explain_state.BEFORE) or "")
+    if (
+        view not in LONG_TEXT
+        and found is not None
+        and found.run.state is RunState.DONE
+        and found.run.result
+        and found.run.settings["what"] == VIEWS[view]
+    ):
+        explain_views.VIEWS[view](found.run.result, found.run)
 
 
 def drawn(lab: Lab, view: str, run_id: str, was_active: bool) -> None:

@@ -39,7 +39,12 @@ def label(text: str, most: int = LABEL_CHARS) -> str:
     bare = text[1:] if len(text) > 1 and text[0] == " " and text[1] != " " else text
     seen = bare[: 4 * most].translate(MARKS) or "∅"
     seen = "".join(one if one.isprintable() else "·" for one in seen)
-    return html.escape(seen if len(seen) <= most else f"{seen[: most - 1]}…")
+    return plain(seen if len(seen) <= most else f"{seen[: most - 1]}…")
+
+
+def plain(text: str) -> str:
+    """Return text in which Plotly finds no markup; it knows no entity for quotation marks."""
+    return html.escape(text, quote=False)
 
 
 def labels(texts: Sequence[str]) -> list[str]:
@@ -53,8 +58,39 @@ def _token_axis(axis: dict[str, Any], texts: Sequence[str]) -> None:
         axis |= {"tickvals": list(range(len(texts))), "ticktext": labels(texts)}
 
 
+def _places(texts: Sequence[str]) -> list[str]:
+    """Return the tokens with their positions, for axes that name each in the hover."""
+    return [f"{at}: {one}" for at, one in enumerate(labels(texts))]
+
+
+def _place_axis(texts: Sequence[str], **more: Any) -> dict[str, Any]:
+    """Return an axis of ``_places``: words where there is room, else some positions."""
+    names = _places(texts)
+    few = len(texts) <= NAMED_TOKENS
+    step = 1 if few else 64
+    return {
+        "type": "category",
+        "tickvals": names[::step],
+        "ticktext": labels(texts) if few else list(range(0, len(texts), step)),
+        "showgrid": False,
+        **more,
+    }
+
+
 def _from_surface(color: str) -> list[list[Any]]:
     return [[0, surface()], [1, color]]
+
+
+def _faint_seen(color: str) -> list[list[Any]]:
+    """Return a scale that spends 40 % of its colour on the lowest tenth, where most heads lie."""
+    low, high = (_channels(one) for one in (surface(), color))
+    early = (low + 0.4 * (high - low)).round().astype(int)
+    return [[0, surface()], [0.1, f"rgb({','.join(map(str, early))})"], [1, color]]
+
+
+def _channels(color: str) -> Array:
+    """Return red, green and blue of ``#rrggbb``, 0 to 255."""
+    return np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)], dtype=np.float32)
 
 
 def _both_ways() -> list[list[Any]]:
@@ -183,6 +219,8 @@ def over_temperature(
             "side": "right",
             "showgrid": False,
             "rangemode": "tozero",
+            "tickmode": "auto",
+            "nticks": 6,
         },
     )
     made.update_xaxes(title_text="temperature")
@@ -201,18 +239,20 @@ def attention_map(weights: Array, texts: Sequence[str], query: int) -> go.Figure
         query: the row that the numbers below are about.
     """
     size = len(texts)
-    drawn = np.where(np.tri(size, dtype=bool), 100 * weights, np.nan)
+    drawn = np.where(np.tri(size, dtype=bool), 100 * weights, np.nan).astype(np.float32)
     made = figure(max(320, min(560, 24 * size + 90)))
+    names = _places(texts)
     made.add_heatmap(
-        z=drawn.round(2),
+        x=names,
+        y=names,
+        z=drawn,
         colorscale=_from_surface(colors()[0]),
         zmin=0,
-        zmax=100,
+        # Over many tokens no weight comes near 100 %: the brightest of two hundred is full colour.
+        zmax=float(np.nanpercentile(drawn, 99.5)),
         showscale=False,
         hoverongaps=False,
-        customdata=np.broadcast_to(np.array(labels(texts), dtype=object), (size, size)),
-        text=np.broadcast_to(np.array(labels(texts), dtype=object)[:, None], (size, size)),
-        hovertemplate="%{text} looks at %{customdata}<br>%{z:.1f} %<extra></extra>",
+        hovertemplate="%{y} looks at %{x}<br>%{z:.1f} %<extra></extra>",
     )
     made.add_shape(
         type="rect",
@@ -222,15 +262,10 @@ def attention_map(weights: Array, texts: Sequence[str], query: int) -> go.Figure
         y1=query + 0.5,
         line={"width": 1.5, "color": colors()[2]},
     )
-    across: dict[str, Any] = {"title": {"text": "looked at (key)"}, "showgrid": False}
-    down: dict[str, Any] = {
-        "title": {"text": "looking (query)"},
-        "autorange": "reversed",
-        "showgrid": False,
-    }
-    _token_axis(across, texts)
-    _token_axis(down, texts)
-    made.update_layout(xaxis=across, yaxis=down)
+    made.update_layout(
+        xaxis=_place_axis(texts, title={"text": "looked at (key)"}),
+        yaxis=_place_axis(texts, title={"text": "looking (query)"}, autorange="reversed"),
+    )
     return made
 
 
@@ -311,10 +346,7 @@ def _png(canvas: Array) -> str:
     """Return a picture from the page's background (0) to its accent (1), gaps see-through."""
     from PIL import Image
 
-    low, high = (
-        np.array([int(one[at : at + 2], 16) for at in (1, 3, 5)], dtype=np.float32)
-        for one in (surface(), colors()[0])
-    )
+    low, high = (_channels(one) for one in (surface(), colors()[0]))
     share = np.nan_to_num(canvas)[..., None]
     pixels = np.empty((*canvas.shape, 4), dtype=np.uint8)
     pixels[..., :3] = low + share * (high - low)
@@ -338,24 +370,21 @@ def vectors(named: Mapping[str, Array], texts: Sequence[str]) -> go.Figure:
     for column, (name, table) in enumerate(named.items(), start=1):
         most = float(np.abs(table).max()) or 1.0
         made.add_heatmap(
-            z=table.round(3),
+            y=_places(texts),
+            z=table.astype(np.float32),
             colorscale=_both_ways(),
             zmin=-most,
             zmax=most,
             showscale=False,
-            text=np.broadcast_to(np.array(labels(texts), dtype=object)[:, None], table.shape),
-            hovertemplate=f"{name} of %{{text}}, dimension %{{x}}<br>%{{z}}<extra></extra>",
+            hovertemplate=f"{name} of %{{y}}, dimension %{{x}}<br>%{{z:.3f}}<extra></extra>",
             row=1,
             col=column,
         )
-    axis: dict[str, Any] = {"autorange": "reversed", "showgrid": False}
-    _token_axis(axis, texts)
     made.update_layout(
         height=max(220, min(460, 20 * len(texts) + 90)),
         margin={"l": 8, "r": 16, "t": 28, "b": 8},
     )
-    made.update_yaxes(autorange="reversed", showgrid=False)
-    made.update_yaxes(axis, row=1, col=1)
+    made.update_yaxes(_place_axis(texts, autorange="reversed"))
     made.update_xaxes(showgrid=False, title_text="dimension")
     made.update_annotations(font_size=13)
     return made
@@ -365,13 +394,16 @@ def vectors(named: Mapping[str, Array], texts: Sequence[str]) -> go.Figure:
 
 
 def lens_map(
-    values: Array, words: Sequence[Sequence[Sequence[str]]], texts: Sequence[str], unit: str
+    values: Array,
+    words: Sequence[Sequence[Sequence[tuple[str, float]]]],
+    texts: Sequence[str],
+    unit: str,
 ) -> go.Figure:
     """Return what the model would say after each layer (rows) at each token (columns).
 
     Args:
         values: (L + 1, T), what is coloured.
-        words: by depth and position, the candidates with their probabilities as text.
+        words: by depth and position, the candidates with their probabilities.
         texts: the T tokens.
         unit: of the values.
     """
@@ -386,13 +418,13 @@ def lens_map(
         zmax=100 if is_share else None,
         showscale=not in_cells or not is_share,
         colorbar={"thickness": 10, "title": {"text": unit}},
-        text=[[label(one[0].rpartition(" ")[0], 9) for one in row] for row in words]
-        if in_cells
-        else None,
+        text=[[label(cell[0][0], 9) for cell in row] for row in words] if in_cells else None,
         texttemplate="%{text}" if in_cells else None,
         textfont={"size": 11},
-        customdata=[["<br>".join(html.escape(one) for one in cell) for cell in row]
-                    for row in words],
+        customdata=[
+            ["<br>".join(f"{label(word, 24)} {100 * p:.1f} %" for word, p in cell) for cell in row]
+            for row in words
+        ],
         hovertemplate=f"after %{{y}} layers<br>%{{customdata}}<br>%{{z:.2f}} {unit}"
         "<extra></extra>",
     )  # fmt: skip
@@ -441,6 +473,8 @@ def decision(final: Array, following: Array) -> go.Figure:
             "side": "right",
             "showgrid": False,
             "rangemode": "tozero",
+            "tickmode": "auto",
+            "nticks": 6,
         },
     )
     made.update_xaxes(title_text="layers that have run")
@@ -497,6 +531,7 @@ def deletions(result: Mapping[str, Any]) -> go.Figure:
         made.add_scatter(
             x=removed,
             y=[100 * one for one in curve],
+            mode="lines",
             line={"width": 1, "color": GREY},
             opacity=0.5,
             showlegend=False,
@@ -506,6 +541,7 @@ def deletions(result: Mapping[str, Any]) -> go.Figure:
         x=removed,
         y=[100 * float(one) for one in np.mean(result["random"], axis=0)],
         name="random orders, mean",
+        mode="lines",
         line={"width": 1.75, "dash": "dash", "color": GREY},
         hovertemplate="random: %{y:.1f} %<extra></extra>",
     )
@@ -543,7 +579,7 @@ def worth_map(parts: Sequence[Mapping[str, Any]], layers: int, value: str) -> go
     made = figure(max(220, min(560, 26 * most + 90)))
     made.add_heatmap(
         z=table,
-        colorscale=_both_ways() if signed else _from_surface(colors()[0]),
+        colorscale=_both_ways() if signed else _faint_seen(colors()[0]),
         zmin=-far if signed else 0,
         zmax=far,
         hoverongaps=False,
@@ -661,14 +697,12 @@ def operations(rows: Sequence[Mapping[str, Any]], step_s: float, named: int) -> 
         text=[shown.share(one / step_s) for one in seconds],
         textposition="outside",
         cliponaxis=False,
-        customdata=[
-            html.escape(f"{name}: {call}") for name, call in zip(names, calls, strict=True)
-        ],
+        customdata=[plain(f"{name}: {call}") for name, call in zip(names, calls, strict=True)],
         hovertemplate="%{customdata}<br>%{x:.3f} ms<extra></extra>",
     )
     made.update_yaxes(
         tickvals=list(range(len(names))),
-        ticktext=[html.escape(shown.one_line(one, 44)) for one in names],
+        ticktext=[plain(shown.one_line(one, 44)) for one in names],
         autorange="reversed",
         showgrid=False,
     )

@@ -31,7 +31,7 @@ def chart(figure: go.Figure, key: str, **more: Any) -> Any:
 def halves() -> tuple[DeltaGenerator, DeltaGenerator]:
     """Return two places side by side, one under the other where there is no room."""
     grid = st.grid(2, min_column_width=380, gap="small")
-    return grid.container(), grid.container()
+    return grid.container(height="stretch"), grid.container(height="stretch")
 
 
 def finished(lab: Lab, run_id: str) -> Snapshot | None:

@@ -20,6 +20,8 @@ from pages.parts import errors, permalink, settings
 
 KEY = "explain"
 RUNS = "explain_runs"
+BEFORE = "explain_before"
+"""The look that the newest one follows; it stays to be seen until that one has ended."""
 STEP = "explain_step"
 ADDRESS = "e"
 """The name in the address under which the whole value stands, packed."""
@@ -201,8 +203,9 @@ def look() -> None:
             variant, request = wanted.variant(lab), wanted.request()
             st.session_state[STEP] = (lab.next_logits(variant, request), variant)
         else:
-            shown = {**st.session_state.get(RUNS, {}), wanted.view: lab.start(wanted.work(lab))}
-            st.session_state[RUNS] = shown
+            before = st.session_state.get(RUNS, {})
+            st.session_state[RUNS] = {**before, wanted.view: lab.start(wanted.work(lab))}
+            st.session_state[BEFORE] = before.get(wanted.view)
     except (GptcoreError, ValidationError) as error:
         settings.say(errors.sentence(error, Explain))
 

@@ -95,8 +95,9 @@ def _drawn(lab: Lab, run_id: str, variant: Variant, logits: NextLogits) -> None:
             height="stretch",
             help="A function of seed and position alone: the same seed draws the same number.",
         )
-    left, right = st.columns([2, 5])
-    with left, st.container(border=True):
+    grid = st.grid(7, min_column_width=110, gap="small")
+    left, right = grid.cell(column_span=2), grid.cell(column_span=5)
+    with left, st.container(border=True, height="stretch"):
         samplers.temperature()
         samplers.more_samplers()
         st.number_input(
@@ -108,7 +109,7 @@ def _drawn(lab: Lab, run_id: str, variant: Variant, logits: NextLogits) -> None:
             help="Of the draw; the histogram takes this seed and the 999 after it.",
         )
         st.caption("The Playground writes with the same settings.")
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.markdown("**From logit to draw**, each column from the one before it")
         penalised = sampling.repetition_penalty != 1.0
         columns: dict[str, list[object]] = {
@@ -133,7 +134,7 @@ def _drawn(lab: Lab, run_id: str, variant: Variant, logits: NextLogits) -> None:
         st.dataframe(
             columns,
             hide_index=True,
-            height=36 + 35 * len(step.rows),
+            height="content",
             column_config={
                 "": st.column_config.TextColumn("", width=30),
                 "#": st.column_config.NumberColumn("#", width=44),
@@ -156,10 +157,10 @@ def _drawn(lab: Lab, run_id: str, variant: Variant, logits: NextLogits) -> None:
             )
         )
     one, two = halves()
-    with one, st.container(border=True):
+    with one, st.container(border=True, height="stretch"):
         st.markdown("**What temperature and samplers make of it**")
         chart(explain_charts.probabilities(step, words), key="step probabilities")
-    with two, st.container(border=True):
+    with two, st.container(border=True, height="stretch"):
         st.markdown(f"**{TIMES:,} draws** against the probabilities")
         chart(explain_charts.histogram(step, draws, words), key="step draws")
         if draws.p_value is None:
@@ -192,7 +193,7 @@ def _narrowing(candidates: tuple[int, ...]) -> str:
     for name, count in zip(STAGES, candidates, strict=True):
         if name != "raw" and count != steps[-1]:
             steps.append(count)
-    return " → ".join(f"{one:,}" for one in steps)
+    return " → ".join(f"{one:,}" for one in steps) if len(steps) > 1 else "no mask is on"
 
 
 @st.cache_data(max_entries=16, show_spinner=False)

@@ -101,10 +101,10 @@ def attention(result: Result, run: Run) -> None:
             help="The head of each kind that shows it most on this text.",
         )
     left, right = halves()
-    with left, st.container(border=True):
+    with left, st.container(border=True, height="stretch"):
         st.markdown(f"**Layer {layer}, head {head}**: what each token looks at")
         chart(explain_charts.attention_map(weights, texts, query), key=f"map {run.id}")
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.latex(r"\mathrm{softmax}\left(\frac{QK^\top}{\sqrt{d}}\right)V")
         _formula(result, weights, query)
     with st.container(border=True):
@@ -209,10 +209,7 @@ def lens(result: Result, run: Run) -> None:
     ids, p = unpack(result["ids"]), unpack(result["probabilities"])
     words = [
         [
-            [
-                f"{_plain(result['words'][str(id)])} {100 * share:.1f} %"
-                for id, share in zip(cell, shares, strict=True)
-            ]
+            [(result["words"][str(id)], share) for id, share in zip(cell, shares, strict=True)]
             for cell, shares in zip(row, row_shares, strict=True)
         ]
         for row, row_shares in zip(ids.tolist(), p.tolist(), strict=True)
@@ -240,7 +237,7 @@ def lens(result: Result, run: Run) -> None:
     with st.container(border=True):
         st.markdown(
             f"**How it decides** what follows “{shown.escaped(_plain(texts[-1]))}”: "
-            f"{shown.escaped(words[-1][-1][0])}"
+            f"{shown.escaped(_plain(words[-1][-1][0][0]))}, {shown.share(words[-1][-1][0][1])}"
         )
         chart(
             explain_charts.decision(
@@ -313,12 +310,12 @@ def attribution(result: Result, run: Run) -> None:
             "Hover a word for its score."
         )
     left, right = halves()
-    with left, st.container(border=True):
+    with left, st.container(border=True, height="stretch"):
         st.markdown("**Score of each token**")
         chart(explain_charts.scores(methods, texts), key=f"scores {run.id}")
         if "gradients" in methods:
             _completeness(methods["gradients"])
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.markdown("**Is that so? Take the tokens out**")
         if "removed" not in result:
             st.caption("Not computed yet.")
@@ -383,10 +380,10 @@ def worth(result: Result, run: Run) -> None:
             )
         chart(explain_charts.worth_map(parts, layers, value), key=f"worth {run.id} {value}")
     left, right = halves()
-    with left, st.container(border=True):
+    with left, st.container(border=True, height="stretch"):
         st.markdown("**Layers switched off**")
         chart(explain_charts.layer_bars(parts, layers), key=f"layers {run.id}")
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.markdown("**Ranking for pruning**, what is missed least first")
         ranked = sorted(heads, key=lambda one: one["kl_nats"])
         st.dataframe(

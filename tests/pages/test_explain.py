@@ -185,6 +185,7 @@ def test_two_models_with_other_tokens_are_refused_in_place(lab: Lab) -> None:
 
 def test_labels_hold_no_markup() -> None:
     assert explain_charts.label(" <b>x") == "&lt;b&gt;x"
+    assert explain_charts.label(' "a&"') == '"a&amp;"'
     assert explain_charts.label("\n\n") == "↵↵"
     assert explain_charts.label("") == "∅"
     assert explain_charts.label(" a") == "a"
