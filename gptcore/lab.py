@@ -41,6 +41,7 @@ from gptcore.host.client import Held, HostClient, LiveRun, Order
 from gptcore.host.works import WORKS, work_from_json
 from gptcore.measure.compare import Compare as Compare
 from gptcore.measure.guard import differing_conditions, differing_settings
+from gptcore.measure.rating import Ratings, rate
 from gptcore.measure.report import comparison_page
 from gptcore.measure.statistics import StopRule as StopRule
 from gptcore.measure.statistics import median_interval, summary
@@ -53,6 +54,7 @@ from gptcore.provenance import owner, owner_lives, provenance
 from gptcore.recipe import Recipe, Variant, place
 from gptcore.records import (
     Annotation,
+    Choice,
     Measurement,
     Message,
     Provenance,
@@ -62,6 +64,7 @@ from gptcore.records import (
     RunState,
     Sampling,
     Token,
+    Vote,
     new_id,
     now,
 )
@@ -350,6 +353,17 @@ class Lab:
                 update={"noise_floor": floor["ratio"], "noise_floor_at": floor["at"]}
             )
         return self.start(work)
+
+    def vote(self, vote: Vote) -> None:
+        """Keep a blind choice between two answers."""
+        self._store.add_vote(vote)
+
+    def ratings(self, *, equal_length: bool = False) -> Ratings | None:
+        """Return what all votes say of the variants, None where none says anything of an order."""
+        votes = self._store.votes()
+        if all(one.choice is Choice.BOTH_BAD for one in votes):
+            return None
+        return rate(votes, equal_length=equal_length)
 
     def comparison_page(self, run: Run) -> str:
         """Return the result of a comparison as one HTML page that needs nothing else."""

@@ -311,6 +311,37 @@ class Annotation:
     """Whether later runs are held against this one."""
 
 
+class Choice(StrEnum):
+    """What a person said of two answers that lay side by side, without names."""
+
+    LEFT = "left"
+    RIGHT = "right"
+    TIE = "tie"
+    BOTH_BAD = "both bad"
+
+
+class Vote(BaseModel):
+    """One choice between two answers to the same prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    left: str = Field(min_length=1, max_length=200, description="Variant of the left answer.")
+    right: str = Field(min_length=1, max_length=200, description="Variant of the right answer.")
+    choice: Choice = Field(description="Which one was preferred.")
+    left_tokens: int = Field(ge=0, description="Length of the left answer, in tokens.")
+    right_tokens: int = Field(ge=0, description="Length of the right answer, in tokens.")
+    prompt_hash: str = Field("", max_length=200, description="Which prompt was answered.")
+    at: datetime = Field(default_factory=lambda: now(), description="When the choice was made.")
+
+    @model_validator(mode="after")
+    def _of_two(self) -> Vote:
+        if self.left == self.right:
+            raise ValueError(
+                f"both sides are {self.left}: a vote needs two variants, choose another one"
+            )
+        return self
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One look at the machine, tied to time and not to a run."""

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from gptcore.errors import StoreError
 from gptcore.paths import data_dir
 from gptcore.records import (
     Annotation,
+    Choice,
     Measurement,
     Provenance,
     Reading,
@@ -46,6 +47,8 @@ from gptcore.records import (
     RunKind,
     RunState,
     Token,
+    Vote,
+    new_id,
 )
 from gptcore.store import history, rows, tables, timeline
 from gptcore.store.database import KNOWN_VERSION, Database
@@ -310,6 +313,33 @@ class Store:
             return history.ask_sqlite(self._database.path, question)
         with self._database.reading() as connection:
             return history.ask_server(connection, question)
+
+    # Votes
+
+    def add_vote(self, vote: Vote) -> None:
+        """Keep a choice between two answers."""
+        row = {**vote.model_dump(), "at": vote.at.timestamp(), "id": new_id()}
+        row["verdict"] = str(row.pop("choice"))
+        with self._database.writing() as connection:
+            connection.execute(insert(tables.votes), row)
+
+    def votes(self) -> tuple[Vote, ...]:
+        """Return every vote, the oldest first."""
+        query = select(tables.votes).order_by(tables.votes.c.at, tables.votes.c.id)
+        with self._database.reading() as connection:
+            found = connection.execute(query).all()
+        return tuple(
+            Vote(
+                left=row.left,
+                right=row.right,
+                choice=Choice(row.verdict),
+                left_tokens=row.left_tokens,
+                right_tokens=row.right_tokens,
+                prompt_hash=row.prompt_hash,
+                at=datetime.fromtimestamp(row.at, UTC),
+            )
+            for row in found
+        )
 
     # Variants
 

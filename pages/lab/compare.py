@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +13,7 @@ from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
 from gptcore.lab import Lab, Snapshot
-from gptcore.records import Run, RunKind, RunState, Token
+from gptcore.records import Choice, Run, RunKind, RunState, Token, Vote
 from pages.parts import compare_charts, errors, settings
 from pages.parts import format as shown
 from pages.parts.compare_state import (
@@ -30,7 +33,7 @@ from pages.parts.settings import NAMED_PRECISIONS, bound
 from pages.parts.tokens import token_text
 
 TICK_S = 0.25
-VIEWS = ("Speed", "Texts")
+VIEWS = ("Speed", "Texts", "Blind vote")
 MAX_TTFT_RUNS = 50
 WORDS = {
     "faster": ":material/trending_up: Faster",
@@ -98,6 +101,31 @@ def measure(noise: bool) -> None:
         say(errors.sentence(error))
         return
     st.session_state["compare_run"] = run_id
+
+
+def vote(left: Snapshot, right: Snapshot, choice: Choice) -> None:
+    """Keep a choice, and say afterwards who was who."""
+    prompt = json.dumps(left.run.settings.get("messages") or left.run.settings.get("prompt"))
+    try:
+        shared_lab().vote(
+            Vote(
+                left=name_of(left.run),
+                right=name_of(right.run),
+                choice=choice,
+                left_tokens=len(left.tokens),
+                right_tokens=len(right.tokens),
+                prompt_hash=hashlib.sha256(prompt.encode()).hexdigest()[:16],
+            )
+        )
+    except (GptcoreError, ValidationError) as error:
+        say(errors.sentence(error))
+        return
+    st.session_state["voted"] = (left.run.id, right.run.id)
+
+
+def name_of(run: Run) -> str:
+    """Return how a variant is called among the votes."""
+    return f"{run.model} {run.precision} {run.device}"
 
 
 def close_result() -> None:
@@ -384,8 +412,8 @@ def conditions(lab: Lab, run: Run, result: Mapping[str, Any]) -> None:
         )
 
 
-def texts(lab: Lab, wanted: Wanted) -> None:
-    """Draw the prompt and what each side writes on it."""
+def prompt_card(wanted: Wanted) -> None:
+    """Draw the prompt, and what lets all sides write on it."""
     with st.container(border=True):
         st.text_area(
             "Prompt",
@@ -414,6 +442,11 @@ def texts(lab: Lab, wanted: Wanted) -> None:
         row[2].button(
             "Write on all sides", icon=":material/edit_note:", type="primary", on_click=write
         )
+
+
+def texts(lab: Lab, wanted: Wanted) -> None:
+    """Draw the prompt and what each side writes on it."""
+    prompt_card(wanted)
     runs: tuple[str, ...] = st.session_state.get("compare_texts", ())
     found = [snapshot for run_id in runs if (snapshot := lab.snapshot(run_id))]
     if not found:
@@ -479,6 +512,104 @@ def written(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
         )
 
 
+def blind(lab: Lab, wanted: Wanted) -> None:
+    """Draw two answers without names, four choices, and what all votes say."""
+    prompt_card(wanted)
+    runs: tuple[str, ...] = st.session_state.get("compare_texts", ())
+    found = [snapshot for run_id in runs if (snapshot := lab.snapshot(run_id))]
+    if any(not one.run.state.final for one in found):
+        st.fragment(errors.guarded(waiting_for), run_every=TICK_S)(lab, runs)
+    else:
+        ready = [one for one in found if one.run.state is RunState.DONE and one.tokens]
+        if len({name_of(one.run) for one in ready}) < 2:
+            st.caption(
+                ":material/info: Write on all sides first: two different variants then stand here "
+                "without their names."
+            )
+        else:
+            ballot(*drawn_pair(ready))
+    ratings(lab)
+
+
+def waiting_for(lab: Lab, runs: Sequence[str]) -> None:
+    """Draw how far the answers are; the page is drawn anew once all are there."""
+    found = [snapshot for run_id in runs if (snapshot := lab.snapshot(run_id))]
+    if all(one.run.state.final for one in found):
+        st.rerun()
+    done = sum(one.run.state.final for one in found)
+    st.progress(done / len(found), text=f"{done} of {len(found)} answers are written")
+
+
+def drawn_pair(ready: Sequence[Snapshot]) -> tuple[Snapshot, Snapshot]:
+    """Return two answers of different variants in a random order, the same until they change."""
+    key = tuple(one.run.id for one in ready)
+    kept = st.session_state.get("ballot")
+    if kept is None or kept[0] != key:
+        pairs = [
+            (a, b)
+            for a in range(len(ready))
+            for b in range(len(ready))
+            if name_of(ready[a].run) != name_of(ready[b].run)
+        ]
+        kept = (key, random.SystemRandom().choice(pairs))
+        st.session_state["ballot"] = kept
+    left, right = kept[1]
+    return ready[left], ready[right]
+
+
+def ballot(left: Snapshot, right: Snapshot) -> None:
+    """Draw two answers, and the four choices until one is made."""
+    voted = st.session_state.get("voted") == (left.run.id, right.run.id)
+    for column, title, one in zip(st.columns(2), ("Left", "Right"), (left, right), strict=True):
+        with column.container(border=True):
+            st.caption(f"**{title}**" + (f" · {shown.escaped(name_of(one.run))}" if voted else ""))
+            st.text(one.run.text, width="stretch")
+    if voted:
+        st.caption("Your vote is kept. Write on all sides again for the next one.")
+        return
+    with st.container(horizontal=True):
+        for label, icon, choice in (
+            ("Left is better", ":material/arrow_back:", Choice.LEFT),
+            ("Right is better", ":material/arrow_forward:", Choice.RIGHT),
+            ("Tie", ":material/drag_handle:", Choice.TIE),
+            ("Both are bad", ":material/thumb_down:", Choice.BOTH_BAD),
+        ):
+            st.button(label, icon=icon, on_click=vote, args=(left, right, choice))
+
+
+def ratings(lab: Lab) -> None:
+    """Draw what all votes say."""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader("Ratings", width="stretch")
+        equal = st.toggle(
+            "At equal length",
+            key="compare_equal_length",
+            help="Longer answers tend to be preferred for being long; this holds the length equal.",
+        )
+    found = lab.ratings(equal_length=equal)
+    if found is None:
+        st.caption(":material/info: No vote says anything of an order yet.")
+        return
+    st.dataframe(
+        {
+            "Variant": [one.variant for one in found.rated],
+            "Rating": [round(one.rating) for one in found.rated],
+            "95 % interval": [f"{one.low:.0f} to {one.high:.0f}" for one in found.rated],
+            "Won": [one.wins for one in found.rated],
+            "Lost": [one.losses for one in found.rated],
+            "Tied": [one.ties for one in found.rated],
+            "Group": [one.group for one in found.rated],
+        },
+        hide_index=True,
+    )
+    split = " Variants of different groups never met." if found.groups > 1 else ""
+    st.caption(
+        f"Bradley and Terry's model over {found.votes} votes (a tie is half a win), and "
+        f"{found.both_bad} times both were bad; 100 points more are preferred in 64 of 100 pairs; "
+        f"intervals from {found.resamples:,} bootstrap draws.{split}"
+    )
+
+
 def earlier(lab: Lab, run: Run) -> list[Run]:
     """Return the last requests of the run's variant, itself included."""
     runs = lab.runs(kind=RunKind.GENERATE, state=RunState.DONE, model=run.model, limit=500)
@@ -529,10 +660,8 @@ def draw() -> None:
     if problem := said():
         errors.show(problem)
     sides(lab, wanted)
-    if st.session_state["compare_view"] == "Texts":
-        texts(lab, wanted)
-    else:
-        speed(lab, wanted)
+    view = {"Speed": speed, "Texts": texts, "Blind vote": blind}
+    view[st.session_state["compare_view"]](lab, wanted)
     write_address(current())
 
 

@@ -10,7 +10,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from gptcore.lab import Cell, Compare, Lab, StopRule
-from gptcore.records import Request, RunKind, RunState
+from gptcore.records import Choice, Request, RunKind, RunState
 from pages.parts import services
 from pages.parts.compare_state import Side, Wanted
 from pages.parts.permalink import pack
@@ -119,6 +119,27 @@ def test_all_sides_write_and_where_they_part_is_said(lab: Lab) -> None:
     test.run()
     said = [one.value for one in test.caption]
     assert any("Token for token the text of A" in one or "Leaves A's text" in one for one in said)
+
+
+def test_a_vote_is_blind_kept_and_rated(lab: Lab) -> None:
+    test = compare()
+    test.session_state["compare_view"] = "Blind vote"
+    test.run()
+    assert any("No vote says anything" in one.value for one in test.caption)
+    clicked(test, "Write on all sides")
+    for run_id in test.session_state["compare_texts"]:
+        lab.wait(run_id, 60)
+    test.run()
+    named = [one.value for one in test.caption if "tiny fp32" in one.value.replace("\\", "")]
+    assert named == []
+    clicked(test, "Left is better")
+    (vote,) = lab._store.votes()
+    assert {vote.left, vote.right} == {"tiny fp32 cpu", "tiny bf16 cpu"}
+    assert (vote.choice, vote.left_tokens) == (Choice.LEFT, 6)
+    assert not any(one.label == "Left is better" for one in test.button)
+    assert any(vote.left in one.value.replace("\\", "") for one in test.caption)
+    (table,) = test.dataframe
+    assert table.value["Variant"].tolist() == [vote.left, vote.right]
 
 
 def test_an_empty_prompt_is_said_and_nothing_is_lost(lab: Lab) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.errors import InvalidInput, StoreError
-from gptcore.records import Annotation, RunKind, RunState
+from gptcore.records import Annotation, Choice, RunKind, RunState, Vote
 from gptcore.store import Store, history, open_store
 from gptcore.store.history import Filter
 from tests.store.examples import START, ended, numbers, run
@@ -232,3 +232,21 @@ def test_ten_thousand_runs_are_filtered_at_once(tmp_path: Path) -> None:
         page, whole = store.history(Filter(search="text 9999", models=("m3",)))
         assert time.perf_counter() - began < 3.0
         assert (len(page), whole) == (1, 1)
+
+
+def test_votes_come_back_as_they_were_given(store: Store) -> None:
+    votes = [
+        Vote(
+            left="a ü",
+            right="b",
+            choice=choice,
+            left_tokens=3,
+            right_tokens=5,
+            prompt_hash="ab",
+            at=at(number),
+        )
+        for number, choice in enumerate(Choice)
+    ]
+    for vote in reversed(votes):
+        store.add_vote(vote)
+    assert store.votes() == tuple(votes)
