@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,23 +55,14 @@ def attention(result: Result, run: Run) -> None:
     small = unpack(result["small"])
     with st.container(border=True):
         st.markdown("**Every head** at a glance; click one to look at it")
-        clicked = chart(
-            explain_charts.all_heads(
-                small,
-                result["heads"],
-                [_character(one) for one in result["characters"]],
-                layer,
-                head,
-            ),
-            key=f"heads {run.id}",
-            on_select="rerun",
+        key = f"heads {run.id}"
+        notes = [_character(one) for one in result["characters"]]
+        chart(
+            explain_charts.all_heads(small, result["heads"], notes, layer, head),
+            key=key,
+            on_select=partial(_take_clicked, key),
             selection_mode="points",
         )
-        if points := clicked["selection"]["points"]:
-            at, one = (int(part) for part in points[0]["customdata"])
-            if (at, one) != (layer, head):
-                _look_again(layer=at, head=one)
-                st.rerun()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         for name, most in (("layer", len(result["heads"])), ("head", result["heads"][layer])):
             key = f"{name} of {run.id}"
@@ -130,6 +122,13 @@ def attention(result: Result, run: Run) -> None:
                 f"within {np.abs(weights.sum(-1) - 1).max():.0e}."
             )
         )
+
+
+def _take_clicked(key: str) -> None:
+    """Look at the head that was clicked; told once a click, so that a drawing begins nothing."""
+    if points := st.session_state[key]["selection"]["points"]:
+        layer, head = (int(part) for part in points[0]["customdata"])
+        _look_again(layer=layer, head=head)
 
 
 def _formula(result: Result, weights: np.ndarray, query: int) -> None:
