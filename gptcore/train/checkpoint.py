@@ -37,6 +37,7 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     best_bits_per_byte: float | None = None
+    validated_step: int | None = None
     worse: int = 0
     """Validations since the best."""
     tokens: int = 0

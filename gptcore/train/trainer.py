@@ -209,7 +209,7 @@ class _Run:
                 self._validate()
                 if settings.patience and self.progress.worse >= settings.patience:
                     return "patience"
-        if checkpoint.steps(self.folder)[-1:] != [self.progress.step]:
+        if self.progress.validated_step != self.progress.step:
             self._validate()
         return "steps" if self.progress.step == settings.steps else "time"
 
@@ -379,7 +379,9 @@ class _Run:
         data, progress = self.job.data.validation, self.progress
         per_byte = loss / math.log(2) * data.tokens / data.text_bytes
         best = progress.best_loss is None or loss < progress.best_loss
-        self.progress = replace(progress, worse=0 if best else progress.worse + 1)
+        self.progress = replace(
+            progress, worse=0 if best else progress.worse + 1, validated_step=progress.step
+        )
         if best:
             self.progress = replace(
                 self.progress,
