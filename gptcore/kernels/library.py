@@ -77,11 +77,10 @@ class CModel(ctypes.Structure):
         *((name, c_int64) for name in ("layers", "heads", "kv_heads", "head_width", "width")),
         ("vocabulary", c_int64),
         ("mlp", c_int32),
-        ("embedding_is_bf16", c_int32),
-        ("qk_eps", c_float),
         ("cache_is_bf16", c_int32),
-        ("embedding", c_void_p),
-        ("positions", c_void_p),
+        ("qk_eps", c_float),
+        ("embedding", CLinear),
+        ("positions", CLinear),
         ("blocks", POINTER(CBlock)),
         ("norm", CNorm),
         ("head", CLinear),
@@ -114,6 +113,8 @@ FUNCTIONS = {
         None,
         (c_int, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     ),
+    "gpt_unpack": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int)),
+    "gpt_rows": (None, (POINTER(CLinear), c_void_p, c_int64, c_void_p)),
     "gpt_large_pages": (None, (c_void_p, c_int64)),
 }
 

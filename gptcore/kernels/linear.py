@@ -1,86 +1,32 @@
-"""Linear layers in the step's own packed format, and the way there from the passes' packed layers.
+"""Linear layers and embeddings in the step's own packed format, and the way there and back.
 
-A model keeps one copy of its weights: the packed layer takes the place of the one that it was made
-from, and serves prefill (many vectors at once) as well as decode.
+A model keeps one copy of its weights: the native layer takes the place of the packed one that a
+pass made, with the same numbers, and serves prefill (many vectors at once) as well as decode. An
+embedding that shares the head's numbers reads them there.
 
-Letters of shapes: N rows (outputs), K columns (inputs).
+Letters of shapes: N rows (outputs), K columns (inputs), G groups of a row.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from gptcore.kernels.library import CLinear, Format, library
+from gptcore.linears.embedding import PackedEmbedding
+from gptcore.linears.grid import Quantized
+from gptcore.linears.quantized import Int4Linear, Int8Linear, Int8WeightLinear, PackedLinear
 
 ALIGNMENT = 64
-INT4_BLOCK = 64
-"""Rows that torch's 4-bit layout treats as one."""
-GROUPS = (32, 64)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer of packed 8-bit or 4-bit weights: (…, K) -> (…, N), dtype of the input.
-
-    Activations are quantized to 8 bits a group of columns as they come; see native/linear.hpp.
-    """
-
-    def __init__(
-        self,
-        packed: Tensor,
-        rows: int,
-        columns: int,
-        format: Format,
-        group: int,
-        bias: Tensor | None,
-    ) -> None:
-        super().__init__()
-        self.packed = packed
-        self.rows = rows
-        self.columns = columns
-        self.format = format
-        self.group = group
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.packed_bytes = packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-    def described(self) -> CLinear:
-        """Return what the library knows of this layer; it points into this module."""
-        return CLinear(
-            weights=self.packed.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
-            rows=self.rows,
-            columns=self.columns,
-            format=self.format,
-            group=self.group,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + bias for any number of vectors."""
-        if x.shape[-1] != self.columns:
-            raise ValueError(f"{x.shape[-1]} columns meet a layer of {self.columns}")
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"activations are float32 or bfloat16, not {x.dtype}")
-        flat = x.detach().reshape(-1, self.columns).contiguous()  # (T, K)
-        y = torch.empty(flat.shape[0], self.rows)
-        failed = library().gpt_linear(
-            ctypes.byref(self.described()),
-            flat.data_ptr(),
-            x.dtype == torch.bfloat16,
-            flat.shape[0],
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise MemoryError("out of memory in the packed linear layer")
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
-
-    def extra_repr(self) -> str:
-        """Return what torch prints of this layer."""
-        return f"{self.columns}, {self.rows}, {self.format.name}, group={self.group}"
+GROUPS = (64, 32)
+"""Columns that share a scale of their activations, those that are tried first."""
+DTYPES = (torch.float32, torch.bfloat16)
+TAKEN = (Int8Linear, Int8WeightLinear, Int4Linear)
+"""Whose numbers are taken over. The others were chosen for how they compute, or for their size."""
 
 
 class Arena:
@@ -104,161 +50,263 @@ class Arena:
         return taken
 
 
-def packed_size(format: Format, rows: int, columns: int, group: int) -> int:
-    """Return the bytes of a packed layer, filled-up rows and columns included."""
-    return int(library().gpt_packed_bytes(format, rows, columns, group))
+class Matrix:
+    """A packed matrix, (N, K): bytes as native/linear.hpp describes them.
 
-
-def pack(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    *,
-    group: int,
-    bias: Tensor | None = None,
-    arena: Arena | None = None,
-) -> PackedLinear:
-    """Return a layer of these integers; nothing is rounded.
-
-    Args:
-        codes: (N, K) int8: -127 to 127, or 0 to 15 where there are zeros.
-        scales: (N,) float32 for whole rows, or (N, ⌈K / group⌉) bfloat16.
-        zeros: as grouped scales, w = (code - 8) · scale + zero; None for 8 bits.
-        group: 32 or 64: columns that share the scale of their activations, at least.
-        bias: (N,), or None.
-        arena: where the bytes shall lie; anywhere if not given.
+    Attributes:
+        packed: the bytes.
+        group: columns that share a scale of the activations.
     """
-    assert group in GROUPS, group
-    rows, columns = codes.shape
-    if zeros is not None:
-        format = Format.INT4
+
+    def __init__(self, packed: Tensor, rows: int, columns: int, format: Format, group: int) -> None:
+        self.packed, self.rows, self.columns = packed, rows, columns
+        self.format, self.group = format, group
+
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        *,
+        group: int,
+        arena: Arena | None = None,
+    ) -> Self:
+        """Return a matrix of these numbers; nothing is rounded.
+
+        Args:
+            codes: (N, K) int8: -127 to 127, or 0 to 15 where there are zeros.
+            scale: (N,) float32 for whole rows, or (N, ⌈K / group⌉) bfloat16.
+            zero: as grouped scales, w = (code - 8) · scale + zero; None for 8 bits.
+            group: 32 or 64.
+            arena: where the bytes shall lie; in memory of their own if not given.
+        """
+        assert group in GROUPS, group
+        rows, columns = codes.shape
+        whole = Format.INT8_ROWS if scale.ndim == 1 else Format.INT8_GROUPS
+        format = whole if zero is None else Format.INT4
+        dtype = torch.float32 if format is Format.INT8_ROWS else torch.bfloat16
+        shape = (rows,) if format is Format.INT8_ROWS else (rows, -(-columns // group))
+        for one in (scale,) if zero is None else (scale, zero):
+            assert one.dtype == dtype, one.dtype
+            assert one.shape == shape, one.shape
+        size = library().gpt_packed_bytes(format, rows, columns, group)
+        packed = torch.empty(size, dtype=torch.uint8) if arena is None else arena.take(size)
+        codes, scale = codes.contiguous(), scale.contiguous()
+        zero = None if zero is None else zero.contiguous()
+        library().gpt_pack(
+            format,
+            rows,
+            columns,
+            group,
+            codes.data_ptr(),
+            scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            packed.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return cls(packed, rows, columns, format, group)
+
+    def described(self, bias: Tensor | None = None) -> CLinear:
+        """Return what the library knows of this matrix; it points here, and to the bias."""
+        return CLinear(
+            weights=self.packed.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            rows=self.rows,
+            columns=self.columns,
+            format=self.format,
+            group=self.group,
+        )
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x Wᵀ + bias for (T, K) float32 or bfloat16, as (T, N) float32."""
+        assert x.shape[1] == self.columns, (x.shape, self.columns)
+        x = x.contiguous()
+        y = torch.empty(len(x), self.rows)
+        failed = library().gpt_linear(
+            ctypes.byref(self.described(bias)),
+            x.data_ptr(),
+            x.dtype == torch.bfloat16,
+            len(x),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("out of memory in a native linear layer")
+        return y
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """Return rows, (T,) int64, of the matrix: (T, K) float32."""
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
+            raise IndexError(f"there are {self.rows} rows")
+        found = torch.empty(len(rows), self.columns)
+        library().gpt_rows(
+            ctypes.byref(self.described()),
+            rows.contiguous().data_ptr(),
+            len(rows),
+            found.data_ptr(),
+        )
+        return found
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the codes, scales and zeros that ``of`` was given."""
+        groups = -(-self.columns // self.group)
+        codes = torch.empty(self.rows, self.columns, dtype=torch.int8)
+        zero = None
+        if self.format is Format.INT8_ROWS:
+            scale = torch.empty(self.rows)
+        else:
+            scale = torch.empty(self.rows, groups, dtype=torch.bfloat16)
+        if self.format is Format.INT4:
+            zero = torch.empty(self.rows, groups, dtype=torch.bfloat16)
+        library().gpt_unpack(
+            ctypes.byref(self.described()),
+            codes.data_ptr(),
+            scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return codes, scale, zero
+
+
+class NativeLinear(PackedLinear):
+    """A packed linear layer that our library multiplies: (…, K) -> (…, N), in the input's type.
+
+    In a file it is what it was made of: ``kind`` and ``settings`` are those of that layer.
+    """
+
+    def __init__(self, numbers: Quantized, bias: Tensor | None, arena: Arena | None = None) -> None:
+        super().__init__(numbers, bias)
+        self.matrix = _matrix(numbers, arena)
+        self.packed_bytes += self.matrix.packed.nbytes
+        self.bias32 = None if bias is None else bias.detach().float().contiguous()
+        self._scale_dtype = numbers.scale.dtype
+
+    @classmethod
+    def in_place_of(cls, layer: PackedLinear, arena: Arena | None = None) -> Self | None:
+        """Return a layer of the same numbers, or None where they do not fit our format."""
+        numbers = layer.numbers()
+        if not fits(numbers):
+            return None
+        made = cls(numbers, layer.bias, arena)
+        made.kind, made._settings = layer.kind, layer.settings()  # type: ignore[misc]
+        return made
+
+    kind: ClassVar[str] = "native"
+    _settings: Mapping[str, Any] | None = None
+
+    def described(self) -> CLinear:
+        """Return what the library knows of this layer; it points into this module."""
+        return self.matrix.described(self.bias32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias for any number of vectors of float32 or bfloat16."""
+        flat = x.detach().reshape(-1, self.columns)
+        y = self.matrix.times(flat if x.dtype in DTYPES else flat.float(), self.bias32)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
+
+    def numbers(self) -> Quantized:
+        """Return the codes, scales and zeros that this layer was made of."""
+        codes, scale, zero = self.matrix.unpacked()
+        if self.matrix.format is Format.INT8_ROWS:
+            scale = scale[:, None].to(self._scale_dtype)
+        else:  # weights may share a scale more widely than activations
+            step = self.group // self.matrix.group
+            scale = scale[:, ::step].contiguous()
+            zero = None if zero is None else zero[:, ::step].contiguous()
+        middle = 2 ** (self.bits - 1) - (0 if zero is None else 8)
+        return Quantized(self.bits, (codes + middle).to(torch.uint8), scale, zero)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the layer that this one replaced."""
+        return super().settings() if self._settings is None else dict(self._settings)
+
+
+class NativeEmbedding(PackedEmbedding):
+    """A token embedding that looks its rows up in a native layer, which may be the head."""
+
+    def __init__(self, replaced: PackedEmbedding, layer: NativeLinear) -> None:
+        super().__init__(None, replaced.dtype, tied=replaced.tied)
+        self.bits, self.columns = layer.bits, layer.columns
+        self._layer = (layer,)  # so that torch does not take the head for a part of this module
+        self.packed_bytes = 0 if replaced.tied else layer.packed_bytes
+
+    @property
+    def layer(self) -> NativeLinear:
+        """The layer whose rows these are."""
+        return self._layer[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed numbers: where the rows lie, as any embedding tells."""
+        return self.layer.matrix.packed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of these ids in the model's type."""
+        found = self.layer.matrix.pick(ids.flatten()).to(self.dtype)
+        return found.view(*ids.shape, self.columns)
+
+    def numbers(self) -> Quantized:
+        """Return the codes, scales and zeros that this embedding was made of."""
+        return self.layer.numbers()
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return codes, scales and zeros, or nothing where the head has them."""
+        return {} if self.tied else self.numbers().stored()
+
+
+def fits(numbers: Quantized) -> bool:
+    """Return whether our format holds these numbers exactly.
+
+    8 bits: symmetric, a scale a row, or a bf16 scale for 32 columns or a multiple of them. 4 bits
+    or fewer: such groups, each with a zero.
+    """
+    grouped = numbers.scale.dtype == torch.bfloat16 and numbers.group % GROUPS[-1] == 0
+    if numbers.bits == 8:
+        # -128 is left out: its sign cannot be turned within a byte.
+        return (
+            numbers.zero is None
+            and (numbers.scale.shape[1] == 1 or grouped)
+            and int(numbers.codes.min()) > 0
+        )
+    return numbers.bits <= 4 and numbers.zero is not None and grouped
+
+
+def _matrix(numbers: Quantized, arena: Arena | None) -> Matrix:
+    assert fits(numbers)
+    scale, zero = numbers.scale, numbers.zero
+    if numbers.bits == 8 and scale.shape[1] == 1:
+        codes = (numbers.codes ^ 128).view(torch.int8)
+        return Matrix.of(codes, scale[:, 0].float(), None, group=GROUPS[0], arena=arena)
+    group = next(one for one in GROUPS if numbers.group % one == 0)
+    times = numbers.group // group
+    scale = scale.repeat_interleave(times, dim=1)
+    if zero is None:
+        codes = (numbers.codes ^ 128).view(torch.int8)
     else:
-        format = Format.INT8_ROWS if scales.ndim == 1 else Format.INT8_GROUPS
-    dtype = torch.float32 if format is Format.INT8_ROWS else torch.bfloat16
-    assert scales.dtype == dtype, scales.dtype
-    assert zeros is None or zeros.dtype == dtype, zeros
-    if format is not Format.INT8_ROWS:
-        assert scales.shape == (rows, -(-columns // group)), scales.shape
-    size = packed_size(format, rows, columns, group)
-    packed = torch.empty(size, dtype=torch.uint8) if arena is None else arena.take(size)
-    codes, scales = codes.contiguous(), scales.contiguous()
-    zeros = None if zeros is None else zeros.contiguous()
-    library().gpt_pack(
-        format,
-        rows,
-        columns,
-        group,
-        codes.data_ptr(),
-        scales.data_ptr(),
-        None if zeros is None else zeros.data_ptr(),
-        packed.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return PackedLinear(packed, rows, columns, format, group, bias)
+        zero = zero.repeat_interleave(times, dim=1)
+        codes = (numbers.codes + (8 - 2 ** (numbers.bits - 1))).view(torch.int8)
+    return Matrix.of(codes, scale, zero, group=group, arena=arena)
 
 
-def quantized(linear: nn.Linear, bits: int, group: int, arena: Arena | None = None) -> PackedLinear:
-    """Return a floating-point layer rounded to the nearest of 8 or 4 bits, a scale a group.
+def take_over(model: nn.Module) -> int:
+    """Put native layers in the place of packed ones, one by one, and return how many.
 
-    Error: half a step a weight: max|w of the group| / 254, or (max - min) / 30 and the rounding
-    of scale and zero to bf16; an activation as native/linear.hpp says.
+    Nothing is rounded: the numbers stay what they are. A packed embedding that is tied to the head
+    lets go of its own copy.
     """
-    weight = linear.weight.detach().float()  # (N, K)
-    rows, columns = weight.shape
-    filled = nn.functional.pad(weight, (0, -columns % group)).reshape(rows, -1, group)
-    if bits == 8:
-        scales = _bf16_up(filled.abs().amax(dim=2).clamp_min(1e-12) / 127)
-        codes, zeros = (filled / scales.float()[..., None]).round(), None
-    else:
-        low, high = filled.amin(dim=2), filled.amax(dim=2)
-        scales = ((high - low) / 15).clamp_min(1e-8).bfloat16()
-        zeros = (low + 8 * scales.float()).bfloat16()
-        codes = (filled - zeros.float()[..., None]) / scales.float()[..., None] + 8
-        codes = codes.round().clamp(0, 15)
-    flat = codes.to(torch.int8).flatten(1)[:, :columns]
-    return pack(flat, scales, zeros, group=group, bias=linear.bias, arena=arena)
-
-
-def _bf16_up(x: Tensor) -> Tensor:
-    """Return the least bfloat16 that is not below x, so that no integer exceeds its range."""
-    near = x.bfloat16()
-    return torch.where(near.float() < x, (near.view(torch.int16) + 1).view(torch.bfloat16), near)
-
-
-def repacked(module: nn.Module, arena: Arena) -> PackedLinear | None:
-    """Return a pass's packed layer in our format, integer for integer; None where it is none.
-
-    What was packed by torch's own operations is unpacked by them or, as torch cannot unpack its
-    4-bit layout, by looking where it puts the bits of known numbers.
-    """
-    packed: Any = getattr(module, "packed", None)
-    bias: Any = getattr(module, "bias", None)
-    if isinstance(packed, torch.ScriptObject):
-        return _from_int8(packed, bias, arena)
-    if isinstance(packed, Tensor) and packed.dtype == torch.uint8:
-        return _from_int4(module, packed, arena)
-    return None
-
-
-def _from_int8(
-    packed: torch.ScriptObject, bias: Tensor | None, arena: Arena
-) -> PackedLinear | None:
-    weight, _ = torch.ops.quantized.linear_unpack(packed)
-    codes = weight.int_repr()  # (N, K) int8
-    if weight.qscheme() != torch.per_channel_affine or weight.q_per_channel_zero_points().any():
-        return None
-    if int(codes.min()) < -127:  # the sign of -128 cannot be turned in a byte
-        return None
-    scales = weight.q_per_channel_scales().float()
-    return pack(codes, scales, None, group=64, bias=bias, arena=arena)
-
-
-def _from_int4(module: Any, packed: Tensor, arena: Arena) -> PackedLinear | None:
-    rows, columns = int(module.rows), packed.shape[1] * 2
-    both = module.scales.transpose(0, 1)[:rows]  # (N, K / group, 2) bfloat16
-    group = columns // both.shape[1]
-    if group % GROUPS[0] or both.dtype != torch.bfloat16:
-        return None
-    codes = int4_codes_of(packed)[:rows]
-    if group > GROUPS[-1]:  # weights share a scale more widely than activations
-        both = both.repeat_interleave(group // GROUPS[-1], dim=1)
-        group = GROUPS[-1]
-    scales, zeros = both.unbind(2)
-    return pack(codes, scales, zeros, group=group, bias=module.bias, arena=arena)
-
-
-def int4_codes_of(packed: Tensor) -> Tensor:
-    """Return the codes in torch's 4-bit layout for CPUs, which differs from CPU to CPU.
-
-    Args:
-        packed: (N, K / 2) uint8; N is a multiple of 16.
-
-    Returns:
-        (N, K) int8, 0 to 15.
-    """
-    rows, columns = packed.shape[0], packed.shape[1] * 2
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    tail = rows - rows % INT4_BLOCK
-    for begin, end, height in ((0, tail, INT4_BLOCK), (tail, rows, rows - tail)):
-        if begin == end:
-            continue
-        places = _int4_places(height, columns)
-        for first in range(begin, end, height):
-            block = packed[first : first + height].flatten()
-            nibbles = torch.stack((block & 15, block >> 4), dim=1).flatten()
-            codes[first : first + height] = nibbles[places].view(torch.int8).reshape(height, -1)
-    return codes
-
-
-@functools.lru_cache(maxsize=8)
-def _int4_places(rows: int, columns: int) -> Tensor:
-    """Return where torch puts each code: (N · K,) indices of halves of bytes.
-
-    Every code is told its own number, one bit at a time, and so carries it to its place.
-    """
-    numbers = torch.arange(rows * columns, dtype=torch.int32).reshape(rows, columns)
-    found = torch.zeros(rows * columns, dtype=torch.int64)
-    for bit in range((rows * columns - 1).bit_length()):
-        block = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers >> bit & 1, 1).flatten()
-        found |= torch.stack((block & 15, block >> 4), dim=1).flatten().long() << bit
-    return found.argsort()
+    arena, taken = Arena(), 0
+    for parent in tuple(model.modules()):
+        for name, child in tuple(parent.named_children()):
+            if isinstance(child, TAKEN):
+                layer = NativeLinear.in_place_of(child, arena)
+                if layer is not None:
+                    setattr(parent, name, layer)
+                    taken += 1
+    embedding, head = getattr(model, "embedding", None), getattr(model, "head", None)
+    if type(embedding) is PackedEmbedding:
+        if embedding.tied and isinstance(head, NativeLinear):
+            model.embedding = NativeEmbedding(embedding, head)
+        elif not embedding.tied and fits(numbers := embedding.numbers()):
+            model.embedding = NativeEmbedding(embedding, NativeLinear(numbers, None, arena))
+    return taken

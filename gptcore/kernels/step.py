@@ -27,10 +27,8 @@ from gptcore.kernels.library import (
     library,
     unavailable,
 )
-from gptcore.kernels.linear import Arena, PackedLinear, repacked
+from gptcore.kernels.linear import DTYPES, NativeEmbedding, NativeLinear, take_over
 from gptcore.model import GPT, Block, KVCache, rotary_tables
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Unsupported(Exception):
@@ -72,7 +70,7 @@ class NativeStep:
             type(cache) is KVCache
             and model is not None
             and cache.k.shape[1] == 1
-            and cache.k.dtype == model.embedding.weight.dtype
+            and cache.k.dtype == _dtype(model)
             and cache.k.is_contiguous()
             and _signature(model) == self._signature
         )
@@ -122,14 +120,14 @@ class NativeStep:
         return self._cos.data_ptr() + at, self._sin.data_ptr() + at
 
     def _described(self, model: GPT) -> CModel:
-        spec, embedding = model.spec, model.embedding.weight
-        if embedding.dtype not in DTYPES or embedding.device.type != "cpu":
-            raise Unsupported(f"it computes fp32 and bf16 on a CPU, not {embedding.dtype}.")
+        spec, dtype = model.spec, _dtype(model)
+        if dtype not in DTYPES:
+            raise Unsupported(f"it computes in fp32 and bf16, not in {dtype}.")
         if spec.mlp == "swiglu":
             mlp = Mlp.SWIGLU
         else:
             mlp = Mlp.GELU_TANH if spec.gelu == "tanh" else Mlp.GELU_ERF
-        positions = model.positions.weight if spec.position == "learned" else None
+        learned = spec.position == "learned"
         return CModel(
             layers=len(model.blocks),
             heads=spec.heads,
@@ -138,14 +136,29 @@ class NativeStep:
             width=spec.width,
             vocabulary=spec.vocabulary,
             mlp=mlp,
-            embedding_is_bf16=embedding.dtype == torch.bfloat16,
+            cache_is_bf16=dtype == torch.bfloat16,
             qk_eps=spec.norm_eps,
-            cache_is_bf16=embedding.dtype == torch.bfloat16,
-            embedding=self._pointer(embedding),
-            positions=None if positions is None else self._pointer(positions),
+            embedding=self._table(model.embedding),
+            positions=self._table(model.positions) if learned else CLinear(),
             blocks=self._blocks,
             norm=self._norm(model.norm),
             head=self._linear(model.head, "head", spec.vocabulary, spec.width),
+        )
+
+    def _table(self, module: nn.Module) -> CLinear:
+        if isinstance(module, NativeEmbedding):
+            return module.layer.described()
+        if type(module) is not nn.Embedding or module.weight.dtype not in DTYPES:
+            raise Unsupported(f"it does not know an embedding of the kind {type(module).__name__}.")
+        return self._floats(module.weight)
+
+    def _floats(self, weight: Tensor) -> CLinear:
+        bf16 = weight.dtype == torch.bfloat16
+        return CLinear(
+            weights=self._pointer(weight),
+            rows=weight.shape[0],
+            columns=weight.shape[1],
+            format=Format.BF16 if bf16 else Format.FP32,
         )
 
     def _block(self, block: Block) -> CBlock:
@@ -168,17 +181,11 @@ class NativeStep:
         )
 
     def _linear(self, module: nn.Module, name: str, rows: int, columns: int) -> CLinear:
-        if isinstance(module, PackedLinear):
+        if isinstance(module, NativeLinear):
             found = module.described()
         elif type(module) is nn.Linear and module.weight.dtype in DTYPES:
-            bf16 = module.weight.dtype == torch.bfloat16
-            found = CLinear(
-                weights=self._pointer(module.weight),
-                bias=None if module.bias is None else self._float(module.bias),
-                rows=module.weight.shape[0],
-                columns=module.weight.shape[1],
-                format=Format.BF16 if bf16 else Format.FP32,
-            )
+            found = self._floats(module.weight)
+            found.bias = None if module.bias is None else self._float(module.bias)
         else:
             raise Unsupported(f"it does not know a layer of the kind {type(module).__name__}.")
         if (found.rows, found.columns) != (rows, columns):
@@ -216,12 +223,12 @@ def adopt(model: GPT) -> NativeStep | str:
     What a pass quantized is moved into the step's format, a layer at a time, with the same
     integers. A model that is all fp32 is left to torch, as the reference for everything else.
     """
-    if model.embedding.weight.device.type != "cpu":
+    if model.norm.weight.device.type != "cpu":
         return "the native step is for CPUs."
     if reason := unavailable():
         return reason
-    packed = repack(model)
-    if not packed and model.embedding.weight.dtype == torch.float32:
+    taken = take_over(model)
+    if not taken and _dtype(model) == torch.float32:
         return "fp32 is the reference, which torch computes."
     try:
         return NativeStep(model)
@@ -229,20 +236,13 @@ def adopt(model: GPT) -> NativeStep | str:
         return str(error)
 
 
-def repack(model: GPT) -> int:
-    """Move what passes quantized into the step's format and return how many layers that were."""
-    arena, moved = Arena(), 0
-    for parent in tuple(model.modules()):
-        for name, child in tuple(parent.named_children()):
-            layer = child if isinstance(child, PackedLinear) else repacked(child, arena)
-            if layer is not None:
-                setattr(parent, name, layer)
-                moved += 1
-    return moved
-
-
 def _rows(module: nn.Module) -> int:
-    return module.rows if isinstance(module, PackedLinear) else len(cast(Tensor, module.weight))
+    return module.rows if isinstance(module, NativeLinear) else len(cast(Tensor, module.weight))
+
+
+def _dtype(model: GPT) -> torch.dtype:
+    """Return the type of the model's activations, and so of its cache."""
+    return cast(Tensor, model.norm.weight).dtype
 
 
 def _signature(model: GPT) -> tuple[object, ...]:

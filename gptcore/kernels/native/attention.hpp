@@ -19,13 +19,13 @@ namespace gpt {
 
 constexpr int64_t LEAST_CHUNK = 64;  // positions
 constexpr int64_t MOST_CHUNKS = 32;
+constexpr int64_t ITEMS = 32;  // (key head, chunk), about; enough for the threads of most machines
 
-inline int64_t chunk_of(int64_t known) {
-  int64_t even = (known + MOST_CHUNKS - 1) / MOST_CHUNKS;
-  return even < LEAST_CHUNK ? LEAST_CHUNK : even;
+inline int64_t chunk_of(int64_t known, int64_t key_heads) {
+  int64_t chunks = ITEMS / key_heads < 2 ? 2 : ITEMS / key_heads;
+  int64_t even = (known + chunks - 1) / chunks;
+  return even < LEAST_CHUNK ? LEAST_CHUNK : (even + LANES - 1) / LANES * LANES;
 }
-
-inline int64_t chunks_of(int64_t known) { return (known + chunk_of(known) - 1) / chunk_of(known); }
 
 // What each (query head, chunk) leaves: (H, MOST_CHUNKS) and (H, MOST_CHUNKS, D).
 struct Partial {
@@ -47,18 +47,21 @@ inline float square_sum(const float* x, int64_t n) {
 // its position. `cos` and `sin` are of that position, (D,) each, sin negated in the first half.
 inline void finish_head(const float* head, int64_t width, const float* weight, float eps,
                         const float* cos, const float* sin, float scale, float* to) {
-  float shrink = scale;
-  if (weight != nullptr) shrink /= std::sqrt(square_sum(head, width) / float(width) + eps);
-  auto at = [&](int64_t i) { return head[i] * shrink * (weight != nullptr ? weight[i] : 1.0f); };
-  if (cos == nullptr) {
-    for (int64_t i = 0; i < width; i++) to[i] = at(i);
-    return;
+  if (weight != nullptr) scale /= std::sqrt(square_sum(head, width) / float(width) + eps);
+  for (int64_t i = 0; i < width; i++) to[i] = head[i] * scale;
+  if (weight != nullptr)
+    for (int64_t i = 0; i < width; i++) to[i] *= weight[i];
+  if (cos == nullptr) return;
+  int64_t half = width / 2, i = 0;
+  for (; i + LANES <= half; i += LANES) {
+    F low = load<F>(to + i), high = load<F>(to + half + i);
+    store(to + i, low * load<F>(cos + i) + high * load<F>(sin + i));
+    store(to + half + i, high * load<F>(cos + half + i) + low * load<F>(sin + half + i));
   }
-  int64_t half = width / 2;
-  for (int64_t i = 0; i < half; i++) {
-    float low = at(i), high = at(i + half);
+  for (; i < half; i++) {
+    float low = to[i], high = to[half + i];
     to[i] = low * cos[i] + high * sin[i];
-    to[i + half] = high * cos[i + half] + low * sin[i + half];
+    to[half + i] = high * cos[half + i] + low * sin[half + i];
   }
 }
 
@@ -66,29 +69,38 @@ constexpr int HEADS_AT_ONCE = 4;
 constexpr int POSITIONS_AT_ONCE = 4;
 constexpr int STRIPS = LANES == 16 ? 4 : 2;
 
+constexpr int64_t AHEAD_BYTES = 4096;  // of keys; reaching past the end does no harm
+
 // The scores of HEADS queries with `count` keys: row h of `scores` for query h, `stride` floats
-// apart. Rows are written up to a multiple of four.
+// apart. Rows are written up to a multiple of four. The values that are needed next are called.
 template <int HEADS, typename T>
-inline void score(const float* q, const T* keys, int64_t width, int64_t count, float* scores,
-                  int64_t stride) {
+inline void score(const float* q, const T* keys, const T* values, int64_t width, int64_t count,
+                  float* scores, int64_t stride) {
   int64_t whole = width / LANES * LANES;
   for (int64_t s = 0; s < count; s += POSITIONS_AT_ONCE) {
     const T* key[POSITIONS_AT_ONCE];
     for (int j = 0; j < POSITIONS_AT_ONCE; j++)
       key[j] = keys + (s + j < count ? s + j : count - 1) * width;
+    const char* ahead = reinterpret_cast<const char*>(keys + s * width) + AHEAD_BYTES;
+    const char* later = reinterpret_cast<const char*>(values + s * width);
+    for (int64_t i = 0; i < POSITIONS_AT_ONCE * width * int64_t(sizeof(T)); i += 256)
+      for (int line = 0; line < 256; line += 64) {
+        prefetch(ahead + i + line);
+        prefetch(later + i + line);
+      }
     F acc[HEADS][POSITIONS_AT_ONCE] = {};
     for (int64_t i = 0; i < whole; i += LANES)
       for (int j = 0; j < POSITIONS_AT_ONCE; j++) {
         F k = load_floats(key[j] + i);
         for (int h = 0; h < HEADS; h++) acc[h][j] += load<F>(q + h * width + i) * k;
       }
-    for (int h = 0; h < HEADS; h++) {
-      Four found = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
-      for (int64_t i = whole; i < width; i++)
-        for (int j = 0; j < POSITIONS_AT_ONCE; j++)
-          found[j] += q[h * width + i] * load_float(key[j] + i);
-      store(scores + h * stride + s, found);
-    }
+    for (int h = 0; h < HEADS; h++)
+      store(scores + h * stride + s, sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]));
+    if (whole == width) continue;
+    for (int h = 0; h < HEADS; h++)
+      for (int j = 0; j < POSITIONS_AT_ONCE; j++)
+        for (int64_t i = whole; i < width; i++)
+          scores[h * stride + s + j] += q[h * width + i] * load_float(key[j] + i);
   }
 }
 
@@ -106,20 +118,24 @@ inline void gather(const float* weights, int64_t stride, const T* values, int64_
     for (int n = 0; n < N; n++) store(to + h * to_stride + i + n * LANES, acc[h][n]);
 }
 
-// Turn scores into weights, relative to the largest of them, and return largest and sum.
+// Turn scores into weights, relative to the largest of them, and return largest and sum. A score
+// that is no number makes its weight, and so the sum, none either.
 inline void soften(float* scores, int64_t count, float& most, float& total) {
-  most = -INFINITY;
-  // NaN has to win, or a broken model would go unseen.
-  for (int64_t s = 0; s < count; s++) most = scores[s] <= most ? most : scores[s];
   int64_t padded = (count + LANES - 1) / LANES * LANES;
-  for (int64_t s = count; s < padded; s++) scores[s] = most;
+  for (int64_t s = count; s < padded; s++) scores[s] = scores[0];
+  F peaks = load<F>(scores);
+  for (int64_t s = LANES; s < padded; s += LANES) {
+    F here = load<F>(scores + s);
+    peaks = peaks < here ? here : peaks;
+  }
+  most = largest(peaks);
   F added = {};
   for (int64_t s = 0; s < padded; s += LANES) {
     F weight = exp(load<F>(scores + s) - most);
     store(scores + s, weight);
     added += weight;
   }
-  total = sum(added) - float(padded - count);
+  total = sum(added) - float(padded - count) * scores[0];
 }
 
 // Let HEADS query heads, from `head` on, look at `count` keys and values: chunk `chunk` of them.
@@ -127,7 +143,7 @@ inline void soften(float* scores, int64_t count, float& most, float& total) {
 template <int HEADS, typename T>
 inline void look(const float* q, const T* keys, const T* values, int64_t width, int64_t count,
                  float* weights, int64_t stride, int64_t head, int64_t chunk, const Partial& to) {
-  score<HEADS>(q, keys, width, count, weights, stride);
+  score<HEADS>(q, keys, values, width, count, weights, stride);
   int64_t first = head * MOST_CHUNKS + chunk;
   for (int h = 0; h < HEADS; h++) {
     int64_t at = first + h * MOST_CHUNKS;
@@ -153,7 +169,7 @@ inline void combine(const Partial& from, int64_t head, int64_t chunks, int64_t w
   const float* most = from.most + head * MOST_CHUNKS;
   const float* total = from.total + head * MOST_CHUNKS;
   float peak = most[0];
-  for (int64_t c = 1; c < chunks; c++) peak = most[c] <= peak ? peak : most[c];
+  for (int64_t c = 1; c < chunks; c++) peak = peak < most[c] ? most[c] : peak;
   float factors[MOST_CHUNKS + LANES];
   float all_of_it = 0;
   for (int64_t c = 0; c < chunks; c += LANES) {

@@ -220,6 +220,48 @@ inline void bf16_rows(const uint16_t* w, int64_t columns, const float* x, int ro
   }
 }
 
+// Where the integer of a packed weight lies: a byte, and for int4 which half of it.
+inline int64_t place_of(int format, int64_t row, int64_t column) {
+  int64_t lane = row % BLOCK * 4 + column % 4;
+  return (format == INT4 ? column / 8 : column / 4) * 64 + lane;
+}
+
+inline int half_of(int64_t column) { return column % 8 < 4 ? 0 : 4; }
+
+// A packed weight's integer, 0 to 15 for int4, from the bytes of its block.
+inline int integer_at(int format, const uint8_t* block, int64_t row, int64_t column) {
+  int byte = block[place_of(format, row, column)];
+  return format == INT4 ? byte >> half_of(column) & 15 : byte - 128;
+}
+
+// Row `row` of a matrix, as floats.
+inline void copy_row(const Linear& l, int64_t row, float* to) {
+  const int64_t columns = l.columns;
+  if (l.format == FP32) {
+    std::memcpy(to, static_cast<const float*>(l.weights) + row * columns, size_t(columns) * 4);
+    return;
+  }
+  if (l.format == BF16) {
+    const uint16_t* from = static_cast<const uint16_t*>(l.weights) + row * columns;
+    for (int64_t k = 0; k < columns; k++) to[k] = widen(from[k]);
+    return;
+  }
+  const uint8_t* block = static_cast<const uint8_t*>(l.weights) +
+                         row / BLOCK * block_bytes(l.format, columns, l.group);
+  const uint8_t* scales = block + integer_bytes(l.format, columns, l.group);
+  const int64_t lane = row % BLOCK;
+  for (int64_t k = 0; k < columns; k++) {
+    const uint8_t* of_group = scales + k / l.group * BLOCK * (l.format == INT4 ? 4 : 2);
+    float scale = l.format == INT8_ROWS ? load<float>(scales + lane * 4)
+                                        : widen(load<uint16_t>(of_group + lane * 2));
+    int code = integer_at(l.format, block, row, k);
+    if (l.format == INT4)
+      to[k] = float(code - 8) * scale + widen(load<uint16_t>(of_group + BLOCK * 2 + lane * 2));
+    else
+      to[k] = float(code) * scale;
+  }
+}
+
 // One vector of activations, in every form that a layer multiplies.
 struct Activation {
   const float* floats;

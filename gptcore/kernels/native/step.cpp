@@ -46,11 +46,10 @@ struct Block {
 struct Model {
   int64_t layers, heads, kv_heads, head_width, width, vocabulary;
   int32_t mlp;
-  int32_t embedding_is_bf16;
-  float qk_eps;
   int32_t cache_is_bf16;
-  const void* embedding;  // (V, W)
-  const void* positions;  // (context, W) in the embedding's type, null where they are rotary
+  float qk_eps;
+  Linear embedding;  // (V, W)
+  Linear positions;  // (context, W), null where they are rotary
   const Block* blocks;
   Norm norm;
   Linear head;
@@ -171,7 +170,7 @@ class Session {
       for (const Linear* l : {&m.blocks[i].out, &m.blocks[i].down})
         if (l->columns > most_columns_) most_columns_ = l->columns;
     x_ = room_.take<float>(m.width + BLOCK);
-    q_ = room_.take<float>(m.heads * m.head_width + BLOCK);
+    q_ = room_.take<float>(most_columns_ + BLOCK);
     k_ = room_.take<float>(m.kv_heads * m.head_width + BLOCK);
     v_ = room_.take<float>(m.kv_heads * m.head_width + BLOCK);
     inner_ = room_.take<float>(most_columns_ + BLOCK);
@@ -180,7 +179,7 @@ class Session {
   }
 
   void step(const Call& call, int threads) {
-    int64_t chunk = chunk_of(call.position + 1);
+    int64_t chunk = chunk_of(call.position + 1, m.kv_heads);
     if (int(desks_.size()) < threads || chunk + LANES > chunk_room_) make_desks(threads, chunk);
     enter(call);
     Pool::of_this_process().run(threads, [&](int thread, Team& team) {
@@ -207,17 +206,10 @@ class Session {
 
   // Put the token's embedding into the residual stream.
   void enter(const Call& call) {
-    for (int64_t i = 0; i < m.width; i++) {
-      x_[i] = row<float>(m.embedding, call.id, i);
-      if (m.positions != nullptr) x_[i] += row<float>(m.positions, call.position, i);
-    }
-  }
-
-  template <typename To>
-  To row(const void* table, int64_t index, int64_t i) const {
-    int64_t at = index * m.width + i;
-    return m.embedding_is_bf16 ? widen(static_cast<const uint16_t*>(table)[at])
-                               : static_cast<const float*>(table)[at];
+    copy_row(m.embedding, call.id, x_);
+    if (m.positions.weights == nullptr) return;
+    copy_row(m.positions, call.position, q_);
+    for (int64_t i = 0; i < m.width; i++) x_[i] += q_[i];
   }
 
   // Multiply x with layers that read the same vector; an item is 16 rows of one of them.
@@ -256,7 +248,8 @@ class Session {
     normalise(b.attention_norm, x_, m.width, desk.vector);
     share_rows(desk, thread, team, desk.vector, m.width, {&b.q, &b.k, &b.v}, {q_, k_, v_});
     team.meet();
-    int64_t chunks = chunks_of(call.position + 1);
+    int64_t known = call.position + 1, chunk = chunk_of(known, m.kv_heads);
+    int64_t chunks = (known + chunk - 1) / chunk;
     team.share(thread, m.kv_heads * chunks, [&](int64_t i) {
       look_at<T>(call, b, layer, i / chunks, i % chunks, desk);
     });
@@ -288,7 +281,7 @@ class Session {
   template <typename T>
   void look_at(const Call& call, const Block& b, int64_t layer, int64_t group, int64_t chunk,
                Desk& desk) {
-    int64_t known = call.position + 1, width = m.head_width, size = chunk_of(known);
+    int64_t known = call.position + 1, width = m.head_width, size = chunk_of(known, m.kv_heads);
     int64_t begin = chunk * size, end = begin + size < known ? begin + size : known;
     int64_t lane = (layer * m.kv_heads + group) * call.capacity * width;
     T* keys = static_cast<T*>(call.keys) + lane;
@@ -362,7 +355,7 @@ inline void multiply(const Linear& l, const T* x, int64_t vectors, float* y, int
   });
 }
 
-// Interleave the 16 rows of each block; `codes` is (rows, columns), signed for int8, 0 to 15 for
+// Interleave the 16 rows of a block; `codes` is (rows, columns), −127 to 127 for int8, 0 to 15 for
 // int4. What fills up the last rows and columns counts as zero.
 inline void pack_block(int format, int64_t rows, int64_t columns, int group, const int8_t* codes,
                        const void* scales, const uint16_t* zeros, int64_t block, uint8_t* to) {
@@ -373,9 +366,9 @@ inline void pack_block(int format, int64_t rows, int64_t columns, int group, con
       bool inside = first + r < rows && k < columns;
       int code = inside ? codes[(first + r) * columns + k] : format == INT4 ? 8 : 0;
       if (format == INT4)
-        to[k / 8 * 64 + r * 4 + k % 4] |= uint8_t(code << (k % 8 < 4 ? 0 : 4));
+        to[place_of(format, r, k)] |= uint8_t(code << half_of(k));
       else
-        to[k / 4 * 64 + r * 4 + k % 4] = uint8_t(code + 128);
+        to[place_of(format, r, k)] = uint8_t(code + 128);
     }
   uint8_t* behind = to + integer_bytes(format, columns, group);
   for (int64_t r = 0; r < BLOCK && first + r < rows; r++) {
@@ -389,6 +382,29 @@ inline void pack_block(int format, int64_t rows, int64_t columns, int group, con
       std::memcpy(of_group + r * 2, scale, 2);
       if (format == INT4)
         std::memcpy(of_group + BLOCK * 2 + r * 2, zeros + (first + r) * groups + g, 2);
+    }
+  }
+}
+
+// The way back: what `pack_block` was given.
+inline void unpack_block(const Linear& l, int64_t block, int8_t* codes, void* scales,
+                         uint16_t* zeros) {
+  int64_t groups = groups_of(l.columns, l.group), first = block * BLOCK;
+  const uint8_t* from = static_cast<const uint8_t*>(l.weights) +
+                        block * block_bytes(l.format, l.columns, l.group);
+  const uint8_t* behind = from + integer_bytes(l.format, l.columns, l.group);
+  for (int64_t r = 0; r < BLOCK && first + r < l.rows; r++) {
+    for (int64_t k = 0; k < l.columns; k++)
+      codes[(first + r) * l.columns + k] = int8_t(integer_at(l.format, from, r, k));
+    if (l.format == INT8_ROWS) {
+      std::memcpy(static_cast<float*>(scales) + first + r, behind + r * 4, 4);
+      continue;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      const uint8_t* of_group = behind + g * BLOCK * (l.format == INT4 ? 4 : 2);
+      int64_t at = (first + r) * groups + g;
+      std::memcpy(static_cast<uint16_t*>(scales) + at, of_group + r * 2, 2);
+      if (l.format == INT4) std::memcpy(zeros + at, of_group + BLOCK * 2 + r * 2, 2);
     }
   }
 }
@@ -446,6 +462,21 @@ void gpt_pack(int format, int64_t rows, int64_t columns, int group, const int8_t
                       to + block * gpt::block_bytes(format, columns, group));
     });
   });
+}
+
+// The way back from a packed matrix; `zeros` is written for int4 only.
+void gpt_unpack(const gpt::Linear* linear, int8_t* codes, void* scales, uint16_t* zeros,
+                int threads) {
+  gpt::Pool::of_this_process().run(threads, [&](int thread, gpt::Team& team) {
+    team.share(thread, gpt::blocks_of(linear->rows), [&](int64_t block) {
+      gpt::unpack_block(*linear, block, codes, scales, zeros);
+    });
+  });
+}
+
+// Rows of a packed matrix as floats: to (count, columns).
+void gpt_rows(const gpt::Linear* linear, const int64_t* rows, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i++) gpt::copy_row(*linear, rows[i], to + i * linear->columns);
 }
 
 // Ask for large pages under what is about to be written, where the system has them.

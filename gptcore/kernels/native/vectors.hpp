@@ -126,9 +126,13 @@ inline Four sums(F a, F b, F c, F d) {
 }
 
 inline float largest(F x) {
-  float most = x[0];
-  for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-  return most;
+  Four fours[LANES / 4];
+  std::memcpy(fours, &x, sizeof x);
+  Four most = fours[0];
+  for (int i = 1; i < LANES / 4; i++) most = most < fours[i] ? fours[i] : most;
+  float low = most[0] < most[1] ? most[1] : most[0];
+  float high = most[2] < most[3] ? most[3] : most[2];
+  return low < high ? high : low;
 }
 
 // bfloat16 is the upper half of a float.
