@@ -11,7 +11,7 @@ D head width, W model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,9 +29,14 @@ class KVCache:
         self, spec: ModelSpec, capacity: int, batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (spec.layers, batch, spec.kv_heads, capacity, spec.head_width)
+        self._allocate(shape, dtype, device)
+
+    def _allocate(
+        self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.k = torch.empty(shape, dtype=dtype, device=device)  # (L, B, G, capacity, D)
         self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.capacity = capacity
+        self.capacity = shape[3]
         self.length = 0
         self._layers = tuple(zip(self.k, self.v, strict=True))
 
@@ -238,6 +243,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(spec.width, spec.vocabulary, bias=False)
         if spec.tied_head:
             self.head.weight = self.embedding.weight
+        self.cache_kind: Callable[..., KVCache] = KVCache
+        """What makes a cache; a pass may put one of fewer bits here."""
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def forward(
@@ -289,7 +296,7 @@ class GPT(nn.Module):
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Return an empty cache for ``capacity`` positions, on the model's device."""
         weight = next(self.norm.parameters())
-        return KVCache(self.spec, capacity, batch, weight.dtype, weight.device)
+        return self.cache_kind(self.spec, capacity, batch, weight.dtype, weight.device)
 
     def linears(self) -> Iterator[tuple[str, nn.Module]]:
         """Return the projections of all blocks by name: what passes convert."""

@@ -93,6 +93,17 @@ class Variant(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token of context keeps, as the recipe leaves them."""
+        spec = self.spec
+        for one in self.recipe.passes:
+            spec = one.spec_after(spec)
+        found = spec.kv_bytes_per_token(self.placement.precision)
+        for one in self.recipe.passes:
+            found = one.kv_bytes_after(spec, self.placement, found)
+        return found
+
+    @property
     def precision(self) -> str:
         """What a person calls it: int8 or int4 where such a pass is in the recipe."""
         named = [one.name for one in self.recipe.passes if one.name in SHORTHANDS]

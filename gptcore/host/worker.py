@@ -356,8 +356,7 @@ def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, 
     n_out, first_s, last_s = generation.new_tokens, generation.first_s, generation.last_s
     decode_s = last_s - first_s if last_s is not None and first_s is not None else None
     read = len(generation.prompt_ids) + len(generation.request.forced_ids)
-    precision = loaded.variant.placement.precision
-    kv = (read + n_out / 2) * loaded.variant.spec.kv_bytes_per_token(precision)
+    kv = (read + n_out / 2) * loaded.variant.kv_bytes_per_token
     return decode_s / (n_out - 1) if decode_s and n_out >= 2 else None, int(loaded.step_bytes + kv)
 
 

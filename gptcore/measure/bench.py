@@ -215,7 +215,7 @@ def prefill_cost(loaded: Loaded, cell: Cell) -> Cost:
     head = spec.vocabulary * spec.width
     flop = 2.0 * ((spec.matmul_parameters - head) * tokens + head)
     flop += attention_flop(spec, tokens * (tokens + 1) / 2)
-    kv = spec.kv_bytes_per_token(loaded.variant.placement.precision)
+    kv = loaded.variant.kv_bytes_per_token
     moved = loaded.step_bytes + cell.batch * tokens * kv
     return Cost(cell.batch * flop, moved, 1, loaded.step_bytes)
 
@@ -225,7 +225,7 @@ def decode_cost(loaded: Loaded, cell: Cell) -> Cost:
     spec, steps = loaded.engine.model.spec, cell.new_tokens - 1
     seen = sum(range(cell.prompt_tokens + 1, cell.prompt_tokens + cell.new_tokens))
     flop = 2.0 * spec.matmul_parameters * steps + attention_flop(spec, seen)
-    kv = spec.kv_bytes_per_token(loaded.variant.placement.precision)
+    kv = loaded.variant.kv_bytes_per_token
     moved = steps * loaded.step_bytes + cell.batch * seen * kv
     return Cost(cell.batch * flop, moved, steps, loaded.step_bytes)
 

@@ -124,6 +124,10 @@ class Pass(BaseModel):
         """Return the most bytes that the weights take while this pass runs."""
         return max(before, self.weights_bytes_after(spec, placement, before))
 
+    def kv_bytes_after(self, spec: ModelSpec, placement: Placement, before: int) -> int:
+        """Return the bytes of keys and values a token after this pass, given those before it."""
+        return before
+
     def apply(self, model: GPT, context: PassContext) -> GPT:
         """Return the converted model; ``model`` itself is the pass's to reuse.
 
