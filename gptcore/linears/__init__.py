@@ -65,3 +65,11 @@ def filled(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear layer of these tensors, (R, C) and (R,)."""
+    rows, columns = weight.shape
+    made = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    filled(made, weight.contiguous(), bias)
+    return made

@@ -1,0 +1,120 @@
+"""Leave out the blocks that change the residual stream least.
+
+The influence of a block is one minus the mean cosine between what goes into it and what comes out,
+over all positions of a text (ShortGPT, Men et al. 2024, arXiv:2403.03853). A block whose output
+points where its input did was nearly skipped anyway.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from gptcore.device import Placement
+from gptcore.errors import InvalidInput
+from gptcore.passes.base import Coverage, Pass, PassContext, Stage
+from gptcore.passes.calibrate import Residual, text_for
+from gptcore.spec import BYTES, ModelSpec
+
+if TYPE_CHECKING:
+    from gptcore.model import GPT
+
+ENOUGH_TOKENS = 8192
+"""Tokens that are looked at: an influence is a mean over positions, and settles soon."""
+
+
+class DropLayers(Pass):
+    """Whole blocks fewer: those that a text needs least."""
+
+    name: ClassVar[str] = "drop_layers"
+    stage: ClassVar[Stage] = Stage.SHAPE
+    title: ClassVar[str] = "Drop layers"
+    mechanism: ClassVar[str] = (
+        "fewer bytes moved, fewer operations and less cache, in proportion to the blocks dropped"
+    )
+
+    layers: int = Field(
+        1,
+        ge=0,
+        le=999,
+        title="Layers dropped",
+        description="Blocks to leave out, the least influential first; 0 changes nothing.",
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.layers > 0
+
+    def blocked_by(self, spec: ModelSpec, placement: Placement) -> str | None:
+        """Return why this cannot run: a block at least must stay."""
+        if self.layers >= spec.layers:
+            return f"it has {spec.layers} layers, of which {self.layers} cannot go: drop fewer."
+        return None
+
+    def spec_after(self, spec: ModelSpec) -> ModelSpec:
+        """Return the spec with so many layers fewer."""
+        return spec.model_copy(update={"layers": spec.layers - self.layers})
+
+    def weights_bytes_after(self, spec: ModelSpec, placement: Placement, before: int) -> int:
+        """Return the exact bytes: each block has the same."""
+        gone = spec.parameters - self.spec_after(spec).parameters
+        return before - gone * BYTES[placement.precision]
+
+    def apply(self, model: GPT, context: PassContext) -> GPT:
+        """Leave out blocks; the model's spec says how many are left.
+
+        Raises:
+            InvalidInput: there is no calibration text, too little, or no block would be left.
+            NumericalError: NaN or infinity comes out of a block.
+        """
+        from torch import nn
+
+        spec = model.spec
+        if blocked := self.blocked_by(spec, context.placement):
+            raise InvalidInput(f"{self.title} cannot run here: {blocked}")
+        found: list[float] = []
+        if self.layers:
+            ids = text_for(self, context)
+            ids = ids[: max(1, ENOUGH_TOKENS // ids.shape[1])]
+            found = influences(model, Residual(model, ids), context)
+        gone = set(sorted(range(len(found)), key=found.__getitem__)[: self.layers])
+        block = sum(one.rows * one.columns for one in spec.linears[:-1])
+        least = max((found[i] for i in gone), default=0.0)
+        context.coverage[self.name] = Coverage(
+            block * len(gone),
+            spec.matmul_parameters,
+            tuple(
+                (
+                    f"blocks.{i}",
+                    f"its influence of {one:.3f} is above the {least:.3f} of those gone",
+                )
+                for i, one in enumerate(found)
+                if i not in gone
+            ),
+            stored_bytes=0,
+            resident_bytes=0,
+        )
+        model.blocks = nn.ModuleList(b for i, b in enumerate(model.blocks) if i not in gone)
+        model.spec = self.spec_after(spec)
+        return model
+
+
+def influences(model: GPT, text: Residual, context: PassContext) -> list[float]:
+    """Return one minus the mean cosine of input and output, block by block."""
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for layer in range(len(model.blocks)):
+            context.progress(layer / len(model.blocks))
+            before = list(text.batches)
+            text.advance(layer, progress=lambda share: None)
+            cosines = [
+                torch.cosine_similarity(x.float(), y.float(), dim=-1).flatten()
+                for x, y in zip(before, text.batches, strict=True)
+            ]
+            found.append(1 - torch.cat(cosines).mean().item())
+    context.progress(1.0)
+    return found

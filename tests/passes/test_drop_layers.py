@@ -1,0 +1,112 @@
+"""Leaving out blocks: which ones go, that the rest is untouched, and what it says of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gptcore.device import Placement
+from gptcore.errors import InvalidInput
+from gptcore.measure.memory import weight_bytes
+from gptcore.passes.base import PassContext
+from gptcore.passes.calibrate import Residual
+from gptcore.passes.drop_layers import DropLayers, influences
+from gptcore.spec import ModelSpec
+from tests.passes.small import LLAMA, SHAPES, UNTIED, applied, logits, made, placed, text
+
+every_shape = pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
+
+
+def weaken(model: nn.Module, layer: int, by: float) -> None:
+    """Let a block add less to the residual stream."""
+    block = model.blocks[layer]
+    for one in (block.attention.out, block.mlp.down):
+        one.weight.mul_(by)
+        if one.bias is not None:
+            one.bias.mul_(by)
+
+
+@every_shape
+@pytest.mark.parametrize("weak", [0, 1, 2])
+def test_the_block_that_does_least_goes(spec: ModelSpec, weak: int) -> None:
+    model, ids = made(spec), text(spec)
+    weaken(model, weak, 0.01)
+    kept = [block for i, block in enumerate(model.blocks) if i != weak]
+    before = logits(model, ids[:4])
+    model, _ = applied(DropLayers(layers=1), model, ids)
+    assert list(model.blocks) == kept
+    assert model.spec == spec.model_copy(update={"layers": 2})
+    assert (logits(model, ids[:4]) - before).norm() < 0.1 * before.norm()
+
+
+def test_a_block_that_does_nothing_can_go_without_a_trace() -> None:
+    model, ids = made(LLAMA), text(LLAMA)
+    weaken(model, 1, 0.0)
+    before = logits(model, ids[:4])
+    model, _ = applied(DropLayers(layers=1), model, ids)
+    assert logits(model, ids[:4]).equal(before)
+
+
+def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_out() -> None:
+    model, ids = made(UNTIED), text(UNTIED)
+    states: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _, given, out: states.append((given[0], out)))
+        for block in model.blocks
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    expected = [
+        1 - torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in states
+    ]
+    found = influences(model, Residual(model, ids), PassContext(placement=placed()))
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len(set(found)) == 3
+
+
+@every_shape
+def test_dropping_none_changes_no_logit(spec: ModelSpec) -> None:
+    exact, ids = made(spec), text(spec)[:2]
+    model, coverage = applied(DropLayers(layers=0), made(spec))
+    assert logits(model, ids).equal(logits(exact, ids))
+    assert coverage.ratio == 0.0
+    assert not DropLayers(layers=0).needs_calibration
+
+
+@every_shape
+def test_the_predicted_bytes_are_those_that_are_left(spec: ModelSpec) -> None:
+    one = DropLayers(layers=2)
+    model, coverage = applied(one, made(spec), text(spec))
+    after = one.weights_bytes_after(spec, placed(), spec.weights_bytes("fp32"))
+    assert after == weight_bytes(model)[0] == model.spec.weights_bytes("fp32")
+    assert one.spec_after(spec) == model.spec
+    assert coverage.converted_weights == 2 * (spec.matmul_parameters - 199 * 48) // 3
+    assert coverage.effective_bits == 0.0
+    assert len(coverage.skipped) == 1
+
+
+def test_a_shorter_model_decodes_through_its_cache() -> None:
+    model, _ = applied(DropLayers(layers=1), made(LLAMA), text(LLAMA))
+    ids = text(LLAMA, sequences=1, tokens=10)
+    cache = model.new_cache(10)
+    assert cache.k.shape[0] == 2
+    with torch.inference_mode():
+        steps = torch.cat([model(ids[:, t : t + 1], cache)[0] for t in range(10)])
+    assert torch.allclose(steps, logits(model, ids)[0], atol=1e-4)
+
+
+def test_a_model_cannot_lose_all_its_layers() -> None:
+    one = DropLayers(layers=3)
+    assert one.blocked_by(LLAMA, Placement()) == (
+        "it has 3 layers, of which 3 cannot go: drop fewer."
+    )
+    assert DropLayers(layers=2).blocked_by(LLAMA, Placement()) is None
+    with pytest.raises(InvalidInput, match=r"^Drop layers cannot run here: it has 3 layers"):
+        applied(one, made(LLAMA), text(LLAMA))
+
+
+def test_it_needs_a_text() -> None:
+    with pytest.raises(InvalidInput, match="choose a calibration text"):
+        applied(DropLayers(), made(LLAMA))
