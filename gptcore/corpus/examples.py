@@ -87,23 +87,5 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             'after that we will look for some glue."',
         ),
     ),
-    "letter": (
-        (
-            "Write a short letter from Gil, a gardener, to his friend Max about a strange seed.",
-            "Dear Max,\n\nYou will not believe what happened here. Last week I found a blue seed "
-            "in my pocket and put it into the ground. This morning there was a plant as tall as my "
-            "house! It has no flowers, but it hums when the sun shines. My neighbor says that it "
-            "must be a music tree. Please come and visit me soon, and bring your flute.\n\nYour "
-            "friend,\nGil",
-        ),
-        (
-            "Write a short letter from Eve, a train conductor, to her grandmother about a mistake.",
-            "Dear Grandma,\n\nToday I made a big mistake at work. I rang my bell too early, and "
-            "the train left without the driver's lunch. He was hungry all day and did not smile "
-            "once. In the evening I bought him a hot pie and told him that I was sorry. He laughed "
-            "and gave me half of it. You always said that a good sorry tastes sweet, and now I "
-            "know that you were right.\n\nWith love,\nEve",
-        ),
-    ),
 }
 """By kind: (what is asked, the answer)."""

@@ -46,8 +46,8 @@ PREAMBLE = re.compile(
     r"(?:here(?:'s| is)|sure|certainly|title|the tale|this tale)\b", re.IGNORECASE
 )
 COMMENT = re.compile(
-    r"\b(?:this (?:tale|story|letter|scene|paragraph|dialogue|conversation)|the (?:tale|scene|"
-    r"letter|dialogue) (?:is|ends|shows|highlights)|simple words|the (?:story|tale) of)\b",
+    r"\b(?:this (?:tale|story|scene|paragraph|dialogue|conversation)|the (?:tale|scene|"
+    r"dialogue) (?:is|ends|shows|highlights)|simple words|the (?:story|tale) of)\b",
     re.IGNORECASE,
 )
 """The teacher talks about the text instead of writing it."""
@@ -81,12 +81,12 @@ def refused(text: str, kind: str, written: Continuation) -> str | None:
     found = words(text)
     if not LEAST_WORDS <= len(found) <= MOST_WORDS:
         return "length"
-    if len(SENTENCE_END.findall(text)) < LEAST_SENTENCES or not _closed(text, kind):
+    if len(SENTENCE_END.findall(text)) < LEAST_SENTENCES or not _closed(text):
         return "no proper end"
     if FOREIGN.search(text) or sum(not " " <= one <= "~" and one != "\n" for one in text):
         return "foreign marks"
     lines = text.splitlines()
-    if PREAMBLE.match(text) or (kind != "letter" and any(not _complete(line) for line in lines)):
+    if PREAMBLE.match(text) or not all(map(_complete, lines)):
         return "title or preamble"
     if kind != "explanation" and COMMENT.search(text):
         return "speaks of itself"
@@ -106,12 +106,9 @@ def repeated(found: list[str], run: int = 4) -> float:
     return 1 - len(runs) / total if total else 0.0
 
 
-def _closed(text: str, kind: str) -> bool:
+def _closed(text: str) -> bool:
     if text.count('"') % 2:
         return False
-    last = text.rpartition("\n")[2]
-    if kind == "letter" and len(last.split()) <= 4 and last[:1].isupper():
-        return True
     return bool(re.search(r"[.!?][\"')]*$", text))
 
 

@@ -96,22 +96,9 @@ def _scene(dice: random.Random) -> tuple[str, str]:
     return text, dice.choice((f'"{said}, {other}," said {name}', f"{name} looked at {other}", ""))
 
 
-def _letter(dice: random.Random) -> tuple[str, str]:
-    who, event, thing = map(dice.choice, (tables.CHARACTERS, tables.EVENTS, tables.OBJECTS))
-    name, other = dice.sample(tables.NAMES, 2)
-    text = dice.choice(
-        (
-            f"Write a short letter from {name}, {who} who {event}, to {other}.",
-            f"Write a short letter from {name}, {who}, to {other} about {thing}.",
-        )
-    )
-    return text, f"Dear {other},\n\n"
-
-
 KINDS: dict[str, tuple[int, Callable[[random.Random], tuple[str, str]]]] = {
-    "tale": (62, _tale),
-    "explanation": (20, _explanation),
-    "scene": (10, _scene),
-    "letter": (8, _letter),
+    "tale": (76, _tale),
+    "explanation": (12, _explanation),
+    "scene": (12, _scene),
 }
 """Name: (share in percent, what makes one)."""

@@ -95,7 +95,7 @@ def page(found: Sheet) -> str:
     lines = [
         "# The corpus",
         "",
-        "Short tales, scenes, letters and explanations in plain English, written by a language "
+        "Short tales, scenes and explanations in plain English, written by a language "
         "model from prompts that were put together from tables. Nothing in it is true, and nobody "
         "in it lives. Every text keeps its prompt, seed and the teacher's own log-likelihood; the "
         "head of every shard keeps the teacher, its weights' hash and the sampling.",

@@ -450,18 +450,5 @@ MANNERS = (
     "Explain it through something that a child sees on a walk.",
     "End with a short summary.",
 )
-EXPLAINED = (
-    "",
-    "",
-    "Have you ever wondered",
-    "Imagine",
-    "Think of",
-    "First,",
-    "It is simple:",
-    "Many people think",
-    "When you look at",
-    "Let us start with",
-    "Every day,",
-    "Long ago, people",
-)
+EXPLAINED = ("", "", "", "Have you ever wondered", "When you look at", "Every day,", "First,")
 """How an explanation begins; where it is empty, as the teacher likes."""

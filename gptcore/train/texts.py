@@ -73,7 +73,7 @@ def split(file: Path, share: float = VALIDATION_SHARE) -> int:
     for offset, byte in enumerate(following):
         if byte & 0xC0 != 0x80:  # not the inside of a character
             return at + offset
-    return at
+    return at + len(following)
 
 
 def _binary(file: Path, at: int) -> InvalidInput:
