@@ -16,6 +16,7 @@ from gptcore.passes.calibrate import Statistics, calibrate, text_for
 from gptcore.passes.folding import Folding, shared, sites
 from gptcore.passes.formats import Format
 from gptcore.passes.ranges import rounded
+from gptcore.passes.wide import wide_products
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,10 +70,10 @@ def pack_linears(
     with torch.no_grad():
         if method == "round":
             _round(model, formats, context)
-        elif method == "gptq":
-            _gptq(model, formats, context, text_for(one, context))
         else:
-            _awq(model, formats, context, text_for(one, context))
+            by_text = _gptq if method == "gptq" else _awq
+            with wide_products(model):
+                by_text(model, formats, context, text_for(one, context))
     context.progress(1.0)
     packed = [model.get_submodule(name) for name in formats]
     return Coverage(

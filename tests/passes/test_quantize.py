@@ -251,6 +251,21 @@ def test_float_layers_are_let_go_one_by_one(one: Quantizer) -> None:
     assert len(alive) == 2 * 7 + 1 + 1
 
 
+@pytest.mark.parametrize("one", CALIBRATED, ids=repr)
+def test_float_layers_of_one_block_are_let_go_before_the_next(one: Quantizer) -> None:
+    model = made(UNTIED, under(one))
+    first = weakref.ref(model.blocks[0].attention.q)
+    alive: list[bool] = []
+    context = PassContext(
+        placement=placed(under(one)),
+        progress=lambda ratio: alive.append(first() is not None) if ratio > 0.4 else None,
+        calibration_ids=text(UNTIED),
+    )
+    one.apply(model, context)
+    assert alive
+    assert not any(alive)
+
+
 @pytest.mark.parametrize("one", [*PASSES, *CALIBRATED], ids=repr)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused_with_the_layer(
