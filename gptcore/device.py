@@ -161,7 +161,7 @@ def require_device(device: str) -> Device:
 
 
 def compute_capability(device: str) -> tuple[int, int] | None:
-    """Return which generation a CUDA device is of, such as (9, 0) for Hopper; None where unknown."""
+    """Return a CUDA device's generation, such as (9, 0) for Hopper; None where unknown."""
     if not device.startswith("cuda:"):
         return None
     with _Nvml() as nvml:
