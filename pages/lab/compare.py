@@ -188,7 +188,7 @@ def sides(lab: Lab, wanted: Wanted) -> None:
 def speed(lab: Lab, wanted: Wanted) -> None:
     """Draw what is measured, and the comparison that was."""
     with st.container(border=True):
-        grid = st.grid("auto", min_column_width=150, gap="small")
+        grid = st.grid(4, min_column_width=150, gap="small")
         row = [grid.cell() for _ in range(4)]
         for column, name, label in zip(
             row,
