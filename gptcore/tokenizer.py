@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from itertools import accumulate
@@ -143,6 +143,55 @@ class Tokenizer:
         """Return a decoder for one text."""
         return TextStream(self.decode)
 
+    def trimmed(self, ids: Collection[int]) -> tuple[Tokenizer, list[int]]:
+        """Return a tokenizer that knows some tokens only, and the old id of each of its ids.
+
+        Beside ``ids`` it knows single bytes and characters, special tokens, and every token on the
+        way from these to one that is kept. So a text that became ``ids`` becomes the same tokens
+        again: of two merges the one with the lower rank comes first, those that made the text are
+        all there, and there are no new ones.
+
+        Raises:
+            InvalidInput: it is no BPE, so that tokens cannot be taken out.
+        """
+        form = self._form()
+        model = form["model"]
+        if model.get("type") != "BPE":
+            raise InvalidInput(
+                f"A vocabulary of type {model.get('type')} cannot be trimmed; one of BPE can."
+            )
+        old: dict[str, int] = model["vocab"]
+        merges = [tuple(one.split(" ") if isinstance(one, str) else one) for one in model["merges"]]
+        added = {one["content"]: one["id"] for one in form["added_tokens"]}
+        wanted = set(ids)
+        needed = {text for text, id in old.items() if id in wanted or _is_base(text)}
+        needed |= old.keys() & {*added, model.get("unk_token")}
+        parts: dict[str, list[tuple[str, str]]] = {}
+        for left, right in merges:
+            parts.setdefault(left + right, []).append((left, right))
+        waiting = list(needed)
+        while waiting:
+            for pair in parts.get(waiting.pop(), ()):
+                waiting += [one for one in pair if one not in needed]
+                needed.update(pair)
+        kept = sorted({old[text] for text in needed} | set(added.values()))
+        new = {id: place for place, id in enumerate(kept)}
+        model["vocab"] = {text: new[id] for text, id in old.items() if id in new}
+        model["merges"] = [list(one) for one in merges if {*one, "".join(one)} <= needed]
+        for one in form["added_tokens"]:
+            one["id"] = new[one["id"]]
+        _renumber(form["post_processor"], new)
+        return (
+            Tokenizer(
+                FastTokenizer.from_str(json.dumps(form)),
+                bos_id=None if self.bos_id is None else new[self.bos_id],
+                eos_ids=frozenset(new[id] for id in self.eos_ids if id in new),
+                chat_template=self.chat_template,
+                names=self._names,
+            ),
+            kept,
+        )
+
     def _form(self) -> dict[str, Any]:
         form: dict[str, Any] = json.loads(self._fast.to_str())
         return form
@@ -188,6 +237,22 @@ class Tokenizer:
             elif piece:
                 ids += self.encode(replaced(piece, {mask: one for one, mask in masks.items()}))
         return ids
+
+
+def _is_base(text: str) -> bool:
+    """Whether a token is a character, which stands for a byte in most vocabularies, or a byte."""
+    return len(text) == 1 or re.fullmatch(r"<0x[0-9A-F]{2}>", text) is not None
+
+
+def _renumber(processor: dict[str, Any] | None, new: Mapping[int, int]) -> None:
+    """Give the special tokens that a post-processor adds their new ids."""
+    if processor is None:
+        return
+    for one in processor.get("processors", ()):
+        _renumber(one, new)
+    specials = processor.get("special_tokens")
+    for special in (specials or {}).values():
+        special["ids"] = [new[id] for id in special["ids"]]
 
 
 def replaced(text: str, table: dict[str, str]) -> str:
@@ -486,6 +551,14 @@ class ByteTokenizer(Tokenizer):
         """Return the ids of ``text``, one byte each."""
         ids = self.encode(text)
         return ids, [1] * len(ids)
+
+    def trimmed(self, ids: Collection[int]) -> tuple[Tokenizer, list[int]]:
+        """Refuse: there is no vocabulary.
+
+        Raises:
+            InvalidInput: always.
+        """
+        raise InvalidInput("Random weights have no vocabulary of their own that could be trimmed.")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return bytes below 256 as UTF-8 text, other ids as printable characters."""

@@ -37,6 +37,8 @@ PIECE_WEIGHTS = 2**21
 """Weights that are float at a moment: 8 MiB."""
 LEAST_GPU_ROWS = 17
 """CUDA's integer product takes so many tokens at least."""
+INT8_ROW_BYTES = 12
+"""Beside its weights, torch's integer kernels keep a scale, a zero and a sum for a row."""
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 
 
@@ -98,7 +100,7 @@ class _PrepackedInt8(PackedLinear):
         super().__init__(numbers, bias)
         choose_engine()
         self.integers = prepacked(numbers)
-        self.packed_bytes += int8_bytes(self.rows, self.columns, bias=False)
+        self.packed_bytes += self.rows * (self.columns + INT8_ROW_BYTES)
         self.reduce_range = reduces_range()
 
     def numbers(self) -> Quantized:
@@ -109,26 +111,34 @@ class _PrepackedInt8(PackedLinear):
 class Int8Linear(_PrepackedInt8):
     """8-bit weights and activations, multiplied as integers on a CPU (fp32 in, fp32 out).
 
-    The activations of a token are scaled together, whatever stands beside them in a call: several
-    tokens are brought to the same magnitude first, since torch's operation has one scale a call.
+    The range of a token's activations is its own, whatever stands beside it in a call: several
+    tokens are brought to the same range first, since torch's operation has one range a call.
     """
 
     kind: ClassVar[str] = "int8_dynamic"
+    sums: Tensor
+    """(O,): the sum of each row's weights, which a shift of the activations is multiplied with."""
 
-    @property
-    def packed(self) -> torch.ScriptObject:
-        """The integers, under the name by which the native step asks for them."""
-        return self.integers
+    def __init__(self, numbers: Quantized, bias: Tensor | None) -> None:
+        super().__init__(numbers, bias)
+        codes = numbers.codes.sum(1, dtype=torch.float32) - 128 * self.columns
+        self._keep(sums=codes * numbers.scale[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) float32 -> (…, O) float32."""
         multiply = torch.ops.quantized.linear_dynamic
         if x.numel() == self.columns:
             y: Tensor = multiply(x, self.integers, self.reduce_range)
+        elif not x.numel():
+            y = x.new_empty(*x.shape[:-1], self.rows)
         else:
-            reach = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
-            reach = reach.clamp_min_(1e-12)
-            y = multiply(x * reach.reciprocal(), self.integers, self.reduce_range).mul_(reach)
+            low = x.amin(-1, keepdim=True).clamp_max_(0.0)
+            high = x.amax(-1, keepdim=True).clamp_min_(0.0)
+            half = ((high - low) / 2).clamp_min_(1e-12)
+            middle = low + half
+            moved = torch.addcdiv(-middle / half, x, half)
+            y = multiply(moved, self.integers, self.reduce_range)
+            y.mul_(half).addcmul_(middle, self.sums)
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -384,12 +394,12 @@ class SmallLinear(WeightOnlyLinear):
 
 
 def int8_bytes(rows: int, columns: int, bias: bool) -> int:
-    """Return what a packed layer holds: a byte a weight; a scale, a zero and a sum a row.
+    """Return what a packed layer holds: a byte a weight; a scale, a zero and two sums a row.
 
     Error: the kernel's own padding is left out, as torch does not tell it. With FBGEMM on AVX-512
     up to 13 % more was seen resident for layers of 512 columns or more, a third for narrower ones.
     """
-    return rows * columns + rows * (3 + bias) * 4
+    return rows * columns + rows * (4 + bias) * 4
 
 
 def choose_engine() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gptcore.model import GPT
+    from gptcore.tokenizer import Tokenizer
 
 
 class Stage(IntEnum):
@@ -63,6 +64,8 @@ class PassContext:
     """Told the share done, 0 to 1; raises Cancelled where the user stopped the work."""
     coverage: dict[str, Coverage] = field(default_factory=dict)
     """By pass name; every pass adds its own."""
+    tokenizer: Tokenizer | None = None
+    """The tokenizer of the model; a pass that changes the vocabulary puts a new one here."""
     calibration_ids: Tensor | None = None
     """(N, T) int64: N sequences of text that calibrated passes run through the model."""
     calibration_hash: str = ""

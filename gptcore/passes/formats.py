@@ -88,7 +88,7 @@ class Format:
         """
         from_bias = rows * bias * BYTES[placement.precision]
         if self.activations and placement.device == "cpu":
-            return rows * columns + rows * 12 + from_bias
+            return rows * columns + rows * 16 + from_bias
         if not self._tiled:
             return self.stored_bytes(rows, columns, bias, placement)
         padded = rows + (-rows % ROW_MULTIPLE if placement.device == "cpu" else 0)
