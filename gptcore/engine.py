@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptcore.constraint import Guide
 from gptcore.errors import Cancelled, ContextOverflow, InvalidInput, NumericalError
+from gptcore.kernels.step import adopt, step_of
 from gptcore.model import GPT, KVCache
 from gptcore.records import Alternative, FinishReason, Request, Token
 from gptcore.sampling import Floats, Stage, draw, likeliest, stages, uniform
@@ -53,14 +55,26 @@ def prefill(model: GPT, ids: Sequence[int], cache: KVCache) -> Tensor:
 
 
 def decode(model: GPT, id: int, cache: KVCache) -> Tensor:
-    """Read one token into ``cache`` and return the logits after it: (V,)."""
+    """Read one token into ``cache`` and return the logits after it: (V,).
+
+    In one call of our own library where an Engine found that it can do this model and cache.
+    """
+    step = step_of(model)
+    if step is not None and step.takes(cache):
+        return step(id, cache)
     return prefill(model, (id,), cache)
 
 
 class Engine:
-    """A model with its tokenizer, ready for requests."""
+    """A model with its tokenizer, ready for requests.
+
+    Attributes:
+        decoder: what computes a decode step, and if that is torch on a CPU, why.
+    """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, clock: Clock = time.monotonic) -> None:
+        step = adopt(model)
+        self.decoder = f"torch: {step}" if isinstance(step, str) else step.name
         self.model = model
         self.tokenizer = tokenizer
         self.clock = clock
@@ -93,7 +107,7 @@ class Engine:
 
         Raises:
             ContextOverflow: as ``prompt_ids``.
-            InvalidInput: a forced id is not in the vocabulary.
+            InvalidInput: a forced id is not in the vocabulary, or the constraint cannot be used.
         """
         return Generation(self, request, self.clock() if sent_at is None else sent_at, cancelled)
 
@@ -168,6 +182,7 @@ class Generation:
         token_ids: of the answer so far, forced ones included.
         finish_reason: None until the end.
         new_tokens: tokens generated so far; forced ones, and the end of text, are none.
+        guide: holds the text to the request's constraint; None where there is none.
         prefill_s: seconds of the prefill, None before it is done.
     """
 
@@ -188,6 +203,11 @@ class Generation:
         """Seconds from sending to the last token."""
         self._cancelled = cancelled
         vocabulary = engine.model.spec.vocabulary
+        self.guide = (
+            Guide(request.constraint, engine.tokenizer, vocabulary, clock=engine.clock)
+            if request.constraint
+            else None
+        )
         for id in request.forced_ids:
             if not 0 <= id < vocabulary:
                 raise InvalidInput(f"Token id {id} is not in the vocabulary of {vocabulary:,}.")
@@ -238,9 +258,16 @@ class Generation:
             reading_s += clock() - started
             for id, following in zip(chunk, after, strict=True):
                 yield self._token(id, raw, self._chain(raw), forced=True)
+                if self.guide:
+                    self.guide.take(id)
                 raw = as_numpy(following)
         self.prefill_s = reading_s
         eos_ids = frozenset() if request.ignore_eos else self.engine.tokenizer.eos_ids
+        if self.guide:
+            eos_ids = self.guide.end_ids
+            if self.guide.complete:
+                self.finish_reason = FinishReason.EOS
+                return
         while True:
             token = self._drawn(raw)
             if token.id in eos_ids:
@@ -250,6 +277,11 @@ class Generation:
             self.new_tokens += 1
             self.last_s = token.seconds
             yield token
+            if self.guide:
+                self.guide.take(token.id)
+                if self.guide.complete:
+                    self.finish_reason = FinishReason.EOS
+                    return
             if self.new_tokens >= limit:
                 self.finish_reason = FinishReason.LENGTH
                 return
@@ -265,7 +297,8 @@ class Generation:
     def _chain(self, logits: Floats) -> list[Stage]:
         penalised = self.request.repetition_penalty != 1.0
         seen = self.prompt_ids + self.token_ids if penalised else ()
-        return stages(logits, self.request.sampling, seen)
+        allowed = self.guide.allowed() if self.guide else None
+        return stages(logits, self.request.sampling, seen, allowed)
 
     def _token(self, id: int, logits: Floats, chain: list[Stage], *, forced: bool) -> Token:
         others = likeliest(logits, self.request.alternatives)

@@ -40,11 +40,13 @@ from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
 from gptcore.host.works import WORKS, work_from_json
 from gptcore.measure.compare import Compare as Compare
+from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
 from gptcore.measure.rating import Ratings, rate
 from gptcore.measure.report import comparison_page
 from gptcore.measure.statistics import StopRule as StopRule
 from gptcore.measure.statistics import median_interval, summary
+from gptcore.measure.tasks import TASK_SETS, kinds_of, named_tasks
 from gptcore.measure.timing import Cell as Cell
 from gptcore.monitor import Monitor, gpu_collector, machine_collectors
 from gptcore.monitor.prometheus import Metrics
@@ -353,6 +355,27 @@ class Lab:
                 update={"noise_floor": floor["ratio"], "noise_floor_at": floor["at"]}
             )
         return self.start(work)
+
+    def item_sets(self) -> tuple[str, ...]:
+        """Return the names of the sets of multiple-choice items, the one that ships first."""
+        return TASK_SETS.names()
+
+    def item_kinds(self, name: str) -> tuple[str, ...]:
+        """Return the kinds of items in a set.
+
+        Raises:
+            InvalidInput: there is no such set, or it cannot be read.
+        """
+        return kinds_of(named_tasks(name))
+
+    def add_items(self, name: str, content: bytes) -> str:
+        """Keep a JSONL file as a set of items under a name, and return the name.
+
+        Raises:
+            InvalidInput: name or content cannot be used, or the name is another set's.
+            StoreError: it cannot be written.
+        """
+        return TASK_SETS.add(name, content)
 
     def vote(self, vote: Vote) -> None:
         """Keep a blind choice between two answers."""

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MAX_PROMPT_CHARS = 400_000
 MAX_STOPS = 16
 MAX_STOP_CHARS = 200
+MAX_CHOICES = 1000
+MAX_RULE_CHARS = 20_000
 MAX_SEED = 2**53 - 1
 """The largest whole number that a browser, and every reader of JSON, holds exactly."""
 
@@ -86,6 +88,59 @@ class Sampling(BaseModel):
         return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
 
 
+class Constraint(BaseModel):
+    """A rule that every text must follow: exactly one of the three.
+
+    It is held to while tokens are drawn: those that would break the rule cannot be.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choices: tuple[str, ...] = Field(
+        (), max_length=MAX_CHOICES, title="Choices", description="The text is one of these."
+    )
+    regex: str = Field(
+        "",
+        max_length=MAX_RULE_CHARS,
+        title="Regular expression",
+        description="The whole text matches it; in Rust's syntax, which has no look-around.",
+    )
+    json_schema: str = Field(
+        "",
+        max_length=MAX_RULE_CHARS,
+        title="JSON schema",
+        description="The text is JSON that the schema allows.",
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Constraint:
+        given = sum(map(bool, (self.choices, self.regex, self.json_schema)))
+        if given != 1:
+            raise ValueError(
+                "the constraint is empty: give choices, a regular expression or a JSON schema"
+                if not given
+                else "give one of choices, regular expression and JSON schema, not several"
+            )
+        for choice in self.choices:
+            checked_text(choice, "choice")
+            if not choice.strip():
+                raise ValueError("a choice is empty: write it or remove it")
+            if len(choice) > MAX_RULE_CHARS:
+                raise ValueError(
+                    f"a choice has {len(choice):,} characters; the most is {MAX_RULE_CHARS:,}"
+                )
+        checked_text(self.regex, "regular expression")
+        checked_text(self.json_schema, "JSON schema")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Which of the three it is, as a person calls it."""
+        if self.choices:
+            return "choices"
+        return "regular expression" if self.regex else "JSON schema"
+
+
 class Request(Sampling):
     """What is asked of an engine: a prompt or a chat, how to sample, when to end."""
 
@@ -118,6 +173,9 @@ class Request(Sampling):
         "refuse",
         title="Prompt too long",
         description="Refuse a prompt longer than the context, or cut its beginning.",
+    )
+    constraint: Constraint | None = Field(
+        None, title="Constraint", description="A rule that the new text must follow."
     )
     alternatives: int = Field(
         5, ge=0, le=20, title="Alternatives", description="Likeliest other tokens kept per token."
@@ -254,6 +312,7 @@ class RunKind(StrEnum):
     EXPLAIN = "explain"
     TASKS = "tasks"
     TEXTS = "texts"
+    FEW_SHOT = "few_shot"
 
 
 class RunState(StrEnum):

@@ -37,7 +37,12 @@ class Stage:
         return chosen.astype(np.float64) / self.total
 
 
-def stages(logits: Floats, sampling: Sampling, seen_ids: Sequence[int] = ()) -> list[Stage]:
+def stages(
+    logits: Floats,
+    sampling: Sampling,
+    seen_ids: Sequence[int] = (),
+    allowed: NDArray[np.bool_] | None = None,
+) -> list[Stage]:
     """Return what the probabilities are after each of ``records.STAGES``.
 
     A sampler at its neutral setting changes nothing, so its stage is the one before.
@@ -46,6 +51,8 @@ def stages(logits: Floats, sampling: Sampling, seen_ids: Sequence[int] = ()) -> 
         logits: (V,) float32, raw.
         sampling: the settings.
         seen_ids: prompt and text so far; the repetition penalty applies to them.
+        allowed: (V,), the tokens that a constraint leaves, at least one; the first stage is the
+            model's own, all after it hold to the constraint.
 
     Raises:
         NumericalError: a logit is NaN or infinite.
@@ -57,11 +64,13 @@ def stages(logits: Floats, sampling: Sampling, seen_ids: Sequence[int] = ()) -> 
             "try precision fp32, or check the weights."
         )
     chain = [_softmax(logits)]
+    if allowed is not None:
+        logits = np.where(allowed, logits, np.float32(-np.inf))
     if sampling.repetition_penalty != 1.0 and len(seen_ids):
         logits = penalised(logits, sampling.repetition_penalty, seen_ids)
         chain.append(_softmax(logits))
     else:
-        chain.append(chain[-1])
+        chain.append(chain[-1] if allowed is None else _softmax(logits))
     chain.append(_tempered(logits, sampling.temperature) or chain[-1])
     chain.append(_top_k(chain[-1], sampling.top_k))
     chain.append(_top_p(chain[-1], sampling.top_p))

@@ -192,6 +192,10 @@ class Tokenizer:
             kept,
         )
 
+    def as_json(self) -> str | None:
+        """Return it in the form of ``tokenizer.json``; None where it has none."""
+        return str(self._fast.to_str())
+
     def _form(self) -> dict[str, Any]:
         form: dict[str, Any] = json.loads(self._fast.to_str())
         return form
@@ -531,6 +535,10 @@ class ByteTokenizer(Tokenizer):
         self.bos_id = None
         self.eos_ids = frozenset()
         self.chat_template = None
+
+    def as_json(self) -> str | None:
+        """Return None: bytes need no file."""
+        return None
 
     def encode_prompt(self, prompt: str, messages: Sequence[Message] = ()) -> list[int]:
         """Return the ids of a prompt; there is no chat."""

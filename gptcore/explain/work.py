@@ -8,25 +8,58 @@ from __future__ import annotations
 
 import base64
 import gzip
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from gptcore.constraint import follows
 from gptcore.errors import InvalidInput
 from gptcore.explain.excerpt import Excerpt, excerpt
 from gptcore.explain.packed import pack
 from gptcore.recipe import Variant
-from gptcore.records import MAX_PROMPT_CHARS, RunKind, Sampling, checked_text
+from gptcore.records import (
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    Constraint,
+    FinishReason,
+    Message,
+    Request,
+    RunKind,
+    Sampling,
+    checked_text,
+)
 from gptcore.sampling import likeliest, stages
 from gptcore.work import Desk, Loaded, Work
 
+FREE_TEXTS = 5
+"""Texts that are written without the rule beside those that are held to it."""
 CANDIDATES = 12
 """Next tokens that an attribution offers to explain instead."""
 
-What = Literal["attention", "lens", "attribution", "worth", "difference", "profile"]
+What = Literal["attention", "lens", "attribution", "worth", "difference", "profile", "constraint"]
 Method = Literal["both", "leave_one_out", "gradients"]
+
+
+class Held(BaseModel):
+    """Texts to write while they are held to a rule."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    constraint: Constraint
+    temperature: float = Field(
+        1.0, ge=0.0, le=2.0, title="Temperature", description="Of the draws under the rule."
+    )
+    texts: int = Field(8, ge=1, le=200, title="Texts", description="How many to write.")
+    max_new_tokens: int = Field(
+        96, ge=1, le=2048, title="New tokens", description="The most of one text."
+    )
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, title="Seed", description="Of the first text; the others count on."
+    )
 
 
 class Explain(Work):
@@ -53,6 +86,8 @@ class Explain(Work):
         None, ge=0, description="The token whose probability is explained; the likeliest if empty."
     )
 
+    held: Held | None = Field(None, description="What a look at a constraint writes.")
+
     @field_validator("prompt")
     @classmethod
     def _encodable(cls, text: str) -> str:
@@ -64,6 +99,12 @@ class Explain(Work):
             raise ValueError("a difference needs a second variant: choose one")
         if self.what != "difference" and self.other is not None:
             raise ValueError("only a difference looks at a second variant")
+        if (self.what == "constraint") != (self.held is not None):
+            raise ValueError(
+                "a look at a constraint needs the texts to write: give the constraint"
+                if self.held is None
+                else "only a look at a constraint writes texts"
+            )
         return self
 
     def variants_used(self) -> tuple[Variant, ...]:
@@ -309,6 +350,78 @@ def _profile(work: Explain, desk: Desk, loaded: Loaded) -> dict[str, Any]:
     }
 
 
+def _constraint(work: Explain, desk: Desk, loaded: Loaded) -> dict[str, Any]:
+    """Return ``texts`` that were held to the rule, and a few that were not; and what holding costs.
+
+    ``mask_s`` is the mean time a step spends on finding the tokens that may come, ``step_s`` the
+    mean time of a whole step, both without a text's first token, whose step is the prefill.
+    """
+    held = work.held
+    assert held is not None
+    engine = loaded.engine
+    read: list[int] = []
+    costs: dict[str, float] = {"prepare_s": 0.0, "compile_s": 0.0}
+    mask_s: list[float] = []
+    steps: list[float] = []
+
+    def written(seed: int, constraint: Constraint | None) -> dict[str, Any]:
+        what: dict[str, Any] = {"prompt": work.prompt}
+        if work.chat:
+            what = {"messages": (Message(role="user", content=work.prompt),)}
+        request = Request(
+            **what,
+            constraint=constraint,
+            temperature=held.temperature,
+            max_new_tokens=held.max_new_tokens,
+            seed=seed,
+            alternatives=0,
+        )
+        generation = engine.start(request, cancelled=stopped)
+        tokens = list(generation)
+        desk.check()
+        read[:] = generation.prompt_ids
+        text = "".join(token.text for token in tokens)
+        if generation.guide is not None:
+            costs["prepare_s"] += generation.guide.prepare_s
+            costs["compile_s"] = max(costs["compile_s"], generation.guide.compile_s)
+            mask_s.extend(generation.guide.mask_s[1:])
+            steps.extend(b.seconds - a.seconds for a, b in pairwise(tokens))
+        return {
+            "text": text,
+            "finished": generation.finish_reason is FinishReason.EOS,
+            "follows": follows(held.constraint, text if constraint else text.strip()),
+            "new_tokens": generation.new_tokens,
+            "seed": seed,
+        }
+
+    def stopped() -> bool:
+        desk.check()  # what it raises ends the text, and is raised again behind it
+        return False
+
+    result: dict[str, Any] = {"rule": held.constraint.name}
+
+    def known() -> dict[str, Any]:
+        texts = tuple(map(engine.tokenizer.token_text, read))
+        return {
+            **result,
+            **costs,
+            "text": Excerpt(tuple(read), texts).as_json(),
+            "mask_s": statistics.fmean(mask_s) if mask_s else None,
+            "step_s": statistics.fmean(steps) if steps else None,
+        }
+
+    result["texts"] = []
+    result["free"] = []
+    for number in range(held.texts):
+        desk.phase("writing under the rule", number / held.texts)
+        result["texts"].append(written(held.seed + number, held.constraint))
+        desk.partial(known())
+    for number in range(min(held.texts, FREE_TEXTS)):
+        desk.phase("writing without it", number / FREE_TEXTS)
+        result["free"].append(written(held.seed + number, None))
+    return known()
+
+
 _LOOKS: dict[str, Callable[[Explain, Desk, Loaded], Mapping[str, Any]]] = {
     "attention": _attention,
     "lens": _lens,
@@ -316,4 +429,5 @@ _LOOKS: dict[str, Callable[[Explain, Desk, Loaded], Mapping[str, Any]]] = {
     "worth": _worth,
     "difference": _difference,
     "profile": _profile,
+    "constraint": _constraint,
 }

@@ -12,13 +12,14 @@ from gptcore.explain.work import Explain
 from gptcore.measure.bench import Bench
 from gptcore.measure.compare import Compare
 from gptcore.measure.evaluate import Evaluate
+from gptcore.measure.few_shot import FewShot
 from gptcore.measure.works_quality import Tasks, Texts
 from gptcore.records import RunKind
 from gptcore.sentences import sentence
 from gptcore.work import Work
 
 WORKS: Mapping[RunKind, type[Work]] = {
-    one.kind: one for one in (Bench, Compare, Evaluate, Explain, Tasks, Texts)
+    one.kind: one for one in (Bench, Compare, Evaluate, Explain, FewShot, Tasks, Texts)
 }
 
 

@@ -27,7 +27,7 @@ from gptcore.kernels.library import (
     library,
     unavailable,
 )
-from gptcore.kernels.linear import DTYPES, NativeEmbedding, NativeLinear, take_over
+from gptcore.kernels.linear import DTYPES, TAKEN, NativeEmbedding, NativeLinear, take_over
 from gptcore.model import GPT, Block, KVCache, rotary_tables
 
 
@@ -221,19 +221,30 @@ def adopt(model: GPT) -> NativeStep | str:
     """Return the model's native step, or in a sentence why torch decodes.
 
     What a pass quantized is moved into the step's format, a layer at a time, with the same
-    integers. A model that is all fp32 is left to torch, as the reference for everything else.
+    numbers. A model that is all fp32 is left to torch, as the reference for everything else.
     """
-    if model.norm.weight.device.type != "cpu":
+    _STEPS.pop(model, None)
+    if next(model.norm.parameters()).device.type != "cpu":
         return "the native step is for CPUs."
+    quantized = any(isinstance(one, (*TAKEN, NativeLinear)) for one in model.modules())
+    if not quantized and _dtype(model) == torch.float32:
+        return "fp32 is the reference, which torch computes."
     if reason := unavailable():
         return reason
-    taken = take_over(model)
-    if not taken and _dtype(model) == torch.float32:
-        return "fp32 is the reference, which torch computes."
+    take_over(model)
     try:
-        return NativeStep(model)
+        _STEPS[model] = NativeStep(model)
     except Unsupported as error:
         return str(error)
+    return _STEPS[model]
+
+
+def step_of(model: GPT) -> NativeStep | None:
+    """Return the step that ``adopt`` made for a model, if it made one."""
+    return _STEPS.get(model)
+
+
+_STEPS: weakref.WeakKeyDictionary[GPT, NativeStep] = weakref.WeakKeyDictionary()
 
 
 def _rows(module: nn.Module) -> int:

@@ -335,6 +335,7 @@ def evaluate_tasks(
     *,
     examples: int = 0,
     seed: int = 0,
+    description: str = "",
     progress: Callable[[float], None] = lambda ratio: None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[TaskReport, tuple[Answered, ...]]:
@@ -344,7 +345,14 @@ def evaluate_tasks(
         ContextOverflow, InvalidInput, NumericalError: as ``answer``.
     """
     answers = answer(
-        model, tokenizer, items, examples=examples, seed=seed, progress=progress, check=check
+        model,
+        tokenizer,
+        items,
+        examples=examples,
+        seed=seed,
+        description=description,
+        progress=progress,
+        check=check,
     )
     return report(answers, items, examples=examples, seed=seed, tokenizer=tokenizer), answers
 
@@ -436,6 +444,7 @@ def answer(
     *,
     examples: int = 0,
     seed: int = 0,
+    description: str = "",
     progress: Callable[[float], None] = lambda ratio: None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Answered, ...]:
@@ -447,6 +456,7 @@ def answer(
         items: at least one.
         examples: how many other items of the same kind stand before each, answered rightly.
         seed: decides which.
+        description: of the task; stands before the examples.
         progress: told the share done, 0 to 1.
         check: called between two steps; raises Cancelled where the user stopped the work.
 
@@ -458,7 +468,7 @@ def answer(
     if not items:
         raise InvalidInput("There is no item: choose a kind, or a file with items.")
     questions = []
-    for index, prompt in enumerate(prompts(items, examples, seed)):
+    for index, prompt in enumerate(prompts(items, examples, seed, description)):
         check()
         questions.append(_question(index, items[index], prompt, tokenizer, model.spec.context))
     found: dict[int, list[float]] = {}
@@ -486,8 +496,12 @@ def answer(
     )
 
 
-def prompts(items: Sequence[Item], examples: int, seed: int) -> Iterator[str]:
-    """Return for each item the text of its examples: ``examples`` others of its kind, answered.
+def prompts(
+    items: Sequence[Item], examples: int, seed: int, description: str = ""
+) -> Iterator[str]:
+    """Return for each item what stands before it: the task's description, and examples.
+
+    The examples are ``examples`` others of its kind, answered.
 
     Which ones they are depends on the seed and the item only, not on the order of the items.
 
@@ -509,7 +523,9 @@ def prompts(items: Sequence[Item], examples: int, seed: int) -> Iterator[str]:
             )
         drawn = random.Random(f"{seed} {item.id}").sample(range(others), examples)
         shown = [kinds[item.kind][at + (at >= place)] for at in drawn]
-        yield "".join(one.text(one.choices[one.answer]) + BETWEEN_EXAMPLES for one in shown)
+        before = [description] if description else []
+        before += [one.text(one.choices[one.answer]) for one in shown]
+        yield "".join(one + BETWEEN_EXAMPLES for one in before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,6 +210,7 @@ class Residual:
 
     Attributes:
         batches: each (B, T, W), in the model's dtype and on its device.
+        where: positions and mask, the same for all.
     """
 
     def __init__(self, model: GPT, ids: Tensor) -> None:
@@ -234,12 +235,12 @@ class Residual:
         at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
         ids = ids.to(model.embedding.weight.device)
         self.batches = [model.enter(batch)[0] for batch in torch.split(ids, at_once)]
-        self._where = model.enter(ids[:1])[1]
+        self.where = model.enter(ids[:1])[1]
 
     def outputs(self, layer: int) -> Iterator[Tensor]:
         """Yield what a block makes of each batch, (B, T, W)."""
         for x in self.batches:
-            yield self._model.blocks[layer](x, self._where, None, layer)
+            yield self._model.blocks[layer](x, self.where, None, layer)
 
     def run(self, layer: int, *, progress: Callable[[float], None]) -> None:
         """Run a block on all batches and forget what comes out."""

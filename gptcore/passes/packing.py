@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 Method = Literal["round", "gptq", "awq"]
 Choose = Callable[[str, "nn.Linear"], "Format | str"]
 """Given a layer's name and the layer: its format, or why it is left as it is."""
+Fill = Callable[["GPT", dict[str, Format], PassContext], None]
+"""Replaces the layers of these names by packed ones in their formats."""
 
 
-def pack_linears(
-    model: GPT, one: Pass, choose: Choose, method: Method, context: PassContext
-) -> Coverage:
+def pack_linears(model: GPT, choose: Choose, fill: Fill, context: PassContext) -> Coverage:
     """Replace the linear layers of a model by packed ones, the head included.
 
     They are replaced one by one and their float weights let go, so that the model is never in
@@ -39,9 +39,8 @@ def pack_linears(
 
     Args:
         model: its modules are replaced, its tensors never written to.
-        one: the pass that asks, for its title in messages.
         choose: called once a layer, in the order of the modules.
-        method: how codes are found.
+        fill: finds the codes and replaces the layers, see ``by_method``.
         context: has the calibration text, where the method looks at one, and is told the progress.
 
     Raises:
@@ -68,12 +67,7 @@ def pack_linears(
             formats[name] = found
             converted += linear.weight.numel()
     with torch.no_grad():
-        if method == "round":
-            _round(model, formats, context)
-        else:
-            by_text = _gptq if method == "gptq" else _awq
-            with wide_products(model):
-                by_text(model, formats, context, text_for(one, context))
+        fill(model, formats, context)
     context.progress(1.0)
     packed = [model.get_submodule(name) for name in formats]
     return Coverage(
@@ -83,6 +77,19 @@ def pack_linears(
         stored_bytes=sum(map(stored_bytes, packed)),
         resident_bytes=sum(map(resident_bytes, packed)),
     )
+
+
+def by_method(one: Pass, method: Method) -> Fill:
+    """Return what replaces layers by that method, on the text that the pass was given."""
+    if method == "round":
+        return _round
+    by_text = _gptq if method == "gptq" else _awq
+
+    def fill(model: GPT, formats: dict[str, Format], context: PassContext) -> None:
+        with wide_products(model):
+            by_text(model, formats, context, text_for(one, context))
+
+    return fill
 
 
 def pack_embedding(model: GPT) -> None:

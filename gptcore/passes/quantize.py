@@ -19,7 +19,7 @@ from pydantic import Field
 from gptcore.device import BF16_CAPABILITY, Placement, compute_capability
 from gptcore.passes.base import Pass, PassContext, Stage
 from gptcore.passes.formats import Format, int4_bytes, int8_bytes
-from gptcore.passes.packing import Method, pack_embedding, pack_linears
+from gptcore.passes.packing import Fill, Method, by_method, pack_embedding, pack_linears
 from gptcore.spec import BYTES, LinearShape, ModelSpec
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ class Quantizer(Pass):
         """Return why no layer of that shape can be packed there, or None."""
         if sentence := self._misplaced(placement):
             return sentence
-        formats = [self.format(name) for name, _ in _layers(spec)]
+        formats = [self.format(name) for name, _ in layer_shapes(spec)]
         if all(
             form.skips(one.rows, one.columns, placement.device)
-            for form, (_, one) in zip(formats, _layers(spec), strict=True)
+            for form, (_, one) in zip(formats, layer_shapes(spec), strict=True)
         ):
             found = " and ".join(map(str, sorted({one.columns for one in spec.linears})))
             return f"groups of {formats[0].group} do not divide its layers of {found} columns."
@@ -133,10 +133,14 @@ class Quantizer(Pass):
             form = self.format(name)
             return form.skips(linear.out_features, linear.in_features, device) or form
 
-        context.coverage[self.name] = pack_linears(model, self, choose, self.method, context)
+        context.coverage[self.name] = pack_linears(model, choose, self._fill(), context)
         if self.embedding:
             pack_embedding(model)
         return model
+
+    def _fill(self) -> Fill:
+        """Return what finds the codes and replaces the layers."""
+        return by_method(self, self.method)
 
     def as_json(self) -> dict[str, Any]:
         """Return the pass as JSON, which is as before for what could be said before.
@@ -161,7 +165,7 @@ class Quantizer(Pass):
     def _after_linears(self, spec: ModelSpec, placement: Placement, before: int) -> int:
         size = BYTES[placement.precision]
         after = before
-        for name, one in _layers(spec):
+        for name, one in layer_shapes(spec):
             form = self.format(name)
             if form.skips(one.rows, one.columns, placement.device):
                 continue
@@ -268,7 +272,7 @@ class Int3(Quantizer):
         return Format(3, self.group, small=self.small)
 
 
-def _layers(spec: ModelSpec) -> list[tuple[str, LinearShape]]:
+def layer_shapes(spec: ModelSpec) -> list[tuple[str, LinearShape]]:
     """Return every linear layer with its name in the model."""
     *blocks, head = spec.linears
     parts = {"q": "attention", "k": "attention", "v": "attention", "out": "attention"}

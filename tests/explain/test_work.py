@@ -225,3 +225,28 @@ def test_a_variant_of_packed_weights_can_be_looked_into(precision: str) -> None:
     assert ("gradients" in found["methods"]) == (found["gradients_problem"] is None)
     if precision == "int8":  # rounds its inputs, which torch's operation has no gradient for
         assert "blocks.0.attention.q computes with packed weights" in found["gradients_problem"]
+
+
+def test_texts_are_held_to_a_rule_and_what_that_costs_is_told() -> None:
+    desk = FakeDesk()
+    held = {"constraint": {"choices": ["yes", "no"]}, "texts": 6, "temperature": 1.5}
+    found = performed(desk, what="constraint", held=held)
+    assert [one["text"].strip() in ("yes", "no") for one in found["texts"]] == [True] * 6
+    assert all(one["finished"] and one["follows"] for one in found["texts"])
+    assert [one["seed"] for one in found["texts"]] == list(range(6))
+    assert len(found["free"]) == 5
+    assert not any(one["follows"] for one in found["free"])
+    assert 0 < found["mask_s"] < found["step_s"]
+    assert found["compile_s"] > 0
+    assert len(desk.partials[0]["texts"]) == 1
+    assert "".join(found["text"]["texts"]) == TEXT
+
+
+def test_a_rule_that_cannot_be_followed_fails_before_anything_is_written() -> None:
+    desk = FakeDesk()
+    with pytest.raises(InvalidInput, match="uniqueItems"):
+        performed(desk, what="constraint",
+                  held={"constraint": {"json_schema": '{"uniqueItems": true}'}})  # fmt: skip
+    assert not desk.partials
+    with pytest.raises(ValidationError, match="needs the texts"):
+        performed(what="constraint")

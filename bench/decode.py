@@ -1,0 +1,283 @@
+"""Decode beside llama.cpp and transformers, in turns: the same weights, the same tokens.
+
+For each model and each length of context, every side decodes the same 128 tokens behind the same
+prompt; the order of the sides is drawn anew each round, so that a drift of the machine meets all.
+What stands in the table: the median of a side's rounds with the least and the greatest, how many
+times as fast our int8 is (the ratio of neighbouring rounds, with a 95 % interval), the Kullback-
+Leibler divergence of the side's next-token distribution from that of the same weights in fp32, and
+the share of the bandwidth that was measured between the rounds.
+
+It needs ``requirements-bench.txt`` for the peers; those that are not installed are left out.
+The result is printed, and written to bench/results/ and into bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from bench import gguf_files
+from bench.sides import ROOT, Side, installed, pin
+from gptcore.catalogue import Catalogue
+from gptcore.measure.statistics import compare
+from gptcore.paths import cache_dir, models_dir
+from gptcore.provenance import provenance
+from gptcore.spec import PRESETS
+from gptcore.tokenizer import load_tokenizer
+
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "bench" / "README.md"
+SMOLLM2 = "smollm2-135m"
+LARGE = "gpt3-1.3b"
+NEW_TOKENS = 128
+KL_TOKENS = 257
+OURS = "ours int8"
+"""The side that the others are held against."""
+
+
+@dataclass
+class Row:
+    """One side at one length of context."""
+
+    model: str
+    prompt_tokens: int
+    side: str
+    seconds_per_token: list[float] = field(default_factory=list)
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    same_top_ratio: float | None = None
+    step_bytes: int = 0
+    ceiling_ratio: float = 0.0
+    ratio: float = 1.0
+    """How many times as fast ``OURS`` is."""
+    low: float = 1.0
+    high: float = 1.0
+
+    @property
+    def tokens_per_s(self) -> tuple[float, float, float]:
+        """Least, median and greatest."""
+        rates = 1 / np.array(self.seconds_per_token)
+        return float(rates.min()), float(np.median(rates)), float(rates.max())
+
+
+def smollm2_sides(threads: int) -> dict[str, Side]:
+    """Start every side for SmolLM2 that is there."""
+    catalogue = Catalogue(models_dir())
+    checkpoint = catalogue.checkpoint(SMOLLM2)
+    sides = {
+        f"ours {one}": Side("ours", model=SMOLLM2, precision=one, threads=threads)
+        for one in ("int8", "int4", "bf16")
+    }
+    if installed("llama-cpp-python"):
+        gguf = next((models_dir() / SMOLLM2).glob("*.gguf"))
+        eight = gguf_files.requantized(gguf, _kept("smollm2-Q8_0.gguf"), "Q8_0")
+        for label, file in (("Q4_1", gguf), ("Q8_0", eight)):
+            sides[f"llama.cpp {label}"] = Side(
+                "llama.cpp", file=str(file), label=label, threads=threads
+            )
+    if installed("transformers"):
+        for one in ("fp32", "bf16"):
+            sides[f"transformers {one}"] = Side(
+                "transformers",
+                directory=str(checkpoint.directory),
+                precision=one,
+                threads=threads,
+            )
+    return sides
+
+
+def large_sides(threads: int) -> dict[str, Side]:
+    """Start the sides for the large shape with random weights."""
+    sides = {
+        f"ours {one}": Side("ours", model=f"random:{LARGE}", precision=one, threads=threads)
+        for one in ("int8", "int4")
+    }
+    if installed("llama-cpp-python"):
+        for form in ("Q4_1", "Q8_0"):
+            file = gguf_files.random_gpt2(LARGE, _kept(f"{LARGE}-{form}.gguf"), form)
+            sides[f"llama.cpp {form}"] = Side(
+                "llama.cpp", file=str(file), label=form, threads=threads
+            )
+    return sides
+
+
+def _kept(name: str) -> Path:
+    folder = cache_dir() / "bench"
+    folder.mkdir(exist_ok=True)
+    return folder / name
+
+
+def divergences(
+    rows: dict[str, Row], sides: dict[str, Side], reference: Side, ids: list[int]
+) -> None:
+    """Fill in how far each side's next-token distributions are from the reference's."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = reference.logprobs(ids, Path(folder))
+        for name, side in sides.items():
+            found = side.logprobs(ids, Path(folder))[:, : wanted.shape[1]]
+            kl = (np.exp(wanted) * (wanted - found)).sum(axis=1)
+            rows[name].kl_mean, rows[name].kl_max = float(kl.mean()), float(kl.max())
+            rows[name].same_top_ratio = float((wanted.argmax(1) == found.argmax(1)).mean())
+
+
+def measured(
+    model: str, sides: dict[str, Side], text: list[int], prompt: int, rounds: int
+) -> tuple[list[Row], float]:
+    """Let all sides decode in turns; return a row for each, and the measured bandwidth."""
+    ids = text[prompt : prompt + NEW_TOKENS]
+    rows = {name: Row(model, prompt, name) for name in sides}
+    ceiling = 0.0
+    draw = random.Random(prompt)
+    for turn in range(rounds + 1):
+        order = draw.sample(list(sides), len(sides))
+        for name in order:
+            seconds = sides[name].decode_s(text[:prompt], ids)
+            if turn:  # the first round warms up
+                rows[name].seconds_per_token.append(seconds)
+        ceiling = max(ceiling, sides[OURS].ceiling())
+        print(f"{model}, {prompt} tokens: round {turn} of {rounds}", flush=True)
+    for name, row in rows.items():
+        row.step_bytes = sides[name].step_bytes(prompt + NEW_TOKENS // 2)
+        row.ceiling_ratio = row.step_bytes * row.tokens_per_s[1] / ceiling
+        if name != OURS:
+            found = compare(rows[OURS].seconds_per_token, row.seconds_per_token)
+            if found.ratio is not None and found.low is not None and found.high is not None:
+                row.ratio, row.low, row.high = found.ratio, found.low, found.high
+    return list(rows.values()), ceiling
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=10, help="at least 6 for an interval")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 1024], help="tokens")
+    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--write", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args()
+    pin(options.threads)
+
+    checkpoint = Catalogue(models_dir()).checkpoint(SMOLLM2)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    shipped = (ROOT / "data" / "texts" / "evaluation.txt").read_text()
+    text = tokenizer.encode(shipped)[: max(options.prompts) + NEW_TOKENS]
+    load_before = os.getloadavg()
+
+    reference = Side("ours", model=SMOLLM2, precision="fp32", threads=options.threads)
+    greedy = reference.greedy(text[: options.prompts[0]], NEW_TOKENS)
+    sides = smollm2_sides(options.threads)
+    rows: list[Row] = []
+    ceilings = {}
+    for prompt in options.prompts:
+        known = text[: options.prompts[0]] + greedy if prompt == options.prompts[0] else text
+        found, ceiling = measured(SMOLLM2, sides, known, prompt, options.rounds)
+        divergences({row.side: row for row in found}, sides, reference, text[:KL_TOKENS])
+        rows += found
+        ceilings[f"{SMOLLM2}, {prompt}"] = ceiling
+    names = {name: f"{side.name}: {side.decoder}" for name, side in sides.items()}
+    for side in (reference, *sides.values()):
+        side.close()
+    if options.large:
+        spec = PRESETS[LARGE]
+        sides = large_sides(options.threads)
+        ids = np.random.default_rng(0).integers(0, spec.vocabulary, 64 + NEW_TOKENS).tolist()
+        found, ceiling = measured(LARGE, sides, ids, 64, max(6, options.rounds // 2))
+        rows += found
+        ceilings[f"{LARGE}, 64"] = ceiling
+        for side in sides.values():
+            side.close()
+    result = {
+        "ratio_to_llama_cpp": to_llama_cpp(rows, SMOLLM2, options.prompts[0]),
+        "ratios_to_llama_cpp": {
+            f"{model}, {prompt}": to_llama_cpp(rows, model, prompt)
+            for model, prompt in dict.fromkeys((row.model, row.prompt_tokens) for row in rows)
+        },
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": options.threads,
+        "new_tokens": NEW_TOKENS,
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "measured_bytes_per_s": ceilings,
+        "machine": asdict(provenance(threads=options.threads)),
+        "sides": names,
+        "rows": [asdict(row) | {"tokens_per_s": row.tokens_per_s} for row in rows],
+    }
+    table = markdown(result, rows)
+    print(table)
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "decode.md").write_text(table)
+        into_readme("decode", table)
+
+
+def to_llama_cpp(rows: list[Row], model: str, prompt: int) -> float | None:
+    """Return how many times as fast our int8 is as the faster of llama.cpp's files."""
+    found = [
+        row.ratio
+        for row in rows
+        if (row.model, row.prompt_tokens) == (model, prompt) and row.side.startswith("llama.cpp")
+    ]
+    return min(found) if found else None
+
+
+def markdown(result: dict[str, object], rows: list[Row]) -> str:
+    """Return the table, with what it takes to read it."""
+    machine = result["machine"]
+    assert isinstance(machine, dict)
+    ceilings, names, load = (
+        result[one] for one in ("measured_bytes_per_s", "sides", "load_average")
+    )
+    assert isinstance(ceilings, dict)
+    assert isinstance(names, dict)
+    assert isinstance(load, dict)
+    lines = [
+        f"{str(result['at'])[:10]}, {machine['cpu']}, {result['threads']} threads, "
+        f"{machine['platform']}, torch {machine['torch']}, commit {machine['git_commit']}. "
+        f"Greedy, {NEW_TOKENS} new tokens, one stream. Load average "
+        f"{load['before'][0]:.1f} before and {load['after'][0]:.1f} after.",
+        "",
+    ]
+    for model, prompt in dict.fromkeys((row.model, row.prompt_tokens) for row in rows):
+        ceiling = ceilings[f"{model}, {prompt}"]
+        lines += [
+            f"**{model}, behind {prompt:,} tokens** (measured bandwidth {ceiling / 1e9:.0f} GB/s)",
+            "",
+            "| side | tokens/s, median (least – greatest) | our int8 is faster by | "
+            "KL from fp32, mean (greatest) | same top | share of bandwidth |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if (row.model, row.prompt_tokens) != (model, prompt):
+                continue
+            least, median, greatest = row.tokens_per_s
+            ratio = "" if row.side == OURS else f"{row.ratio:.2f}× ({row.low:.2f}–{row.high:.2f})"
+            kl = "" if row.kl_mean is None else f"{row.kl_mean:.5f} ({row.kl_max:.4f})"
+            top = "" if row.same_top_ratio is None else f"{row.same_top_ratio:.1%}"
+            lines.append(
+                f"| {row.side} | {median:.1f} ({least:.1f} – {greatest:.1f}) | {ratio} | {kl} | "
+                f"{top} | {row.ceiling_ratio:.0%} |"
+            )
+        lines.append("")
+    lines += [f"- {name}: {said}" for name, said in names.items()]
+    return "\n".join(lines) + "\n"
+
+
+def into_readme(name: str, table: str) -> None:
+    """Put a table between the marks of its name in bench/README.md."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = README.read_text()
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    README.write_text(f"{before}{begin}\n{table}{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
