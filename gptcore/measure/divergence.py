@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from gptcore.model import GPT
     from gptcore.tokenizer import Tokenizer
 
+SLICE = 2**18
+"""Logits that are compared at once: few enough to stay in a processor's cache."""
 TAIL_TOKENS = 1000
 """The 99.9 % quantile of fewer is the largest value by another name, and is left out."""
 
@@ -182,8 +184,8 @@ def compare(
 ) -> tuple[Floats, Floats, Floats, NDArray[np.bool_]]:
     """Return NLL under A and B, KL(A‖B) and whether the likeliest token is the same, by row.
 
-    KL = Σ p_A (a − b) + ln Σ exp b − ln Σ exp a, of the raw logits a and b: their difference is
-    nearly exact where the two are close, which the difference of two log-probabilities is not.
+    KL = Σ p_A (ln p_A − ln p_B), in float64: where the two are close it is a small difference of
+    large numbers, of which float32 would leave the first four digits.
 
     Args:
         a: (t, V) float32.
@@ -192,23 +194,25 @@ def compare(
 
     Returns:
         Four arrays of t.
-
-    Error: terms are float32, sums float64. A row's KL was off by at most 2e-8 nats (5000 random
-    logits, standard deviation 4) where log-probabilities in float32 lose 6e-7; one that rounding
-    makes negative becomes 0.
     """
     import torch
 
-    total_a, total_b = log_total(a), log_total(b)
-    weights = (a - a.amax(dim=1, keepdim=True)).exp_()
-    scale = weights.sum(dim=1, dtype=torch.float64)
-    moved = weights.mul_(a - b).sum(dim=1, dtype=torch.float64) / scale
-    kl = (moved + (total_b - total_a)).clamp_min(0)
+    rows = max(1, SLICE // a.shape[1])
+    found = [
+        _compared_rows(*slices)
+        for slices in zip(a.split(rows), b.split(rows), targets.split(rows), strict=True)
+    ]
+    nll_a, nll_b, kl, same = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    return nll_a, nll_b, kl, same
+
+
+def _compared_rows(a: Tensor, b: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = targets[:, None]
-    nll_a = total_a - a.gather(1, columns)[:, 0].double()
-    nll_b = total_b - b.gather(1, columns)[:, 0].double()
-    same = a.argmax(dim=1) == b.argmax(dim=1)
-    return nll_a.cpu().numpy(), nll_b.cpu().numpy(), kl.cpu().numpy(), same.cpu().numpy()
+    nll_a = log_total(a) - a.gather(1, columns)[:, 0].double()
+    nll_b = log_total(b) - b.gather(1, columns)[:, 0].double()
+    log_p, log_q = a.double().log_softmax(1), b.double().log_softmax(1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(1).clamp_min(0)
+    return nll_a, nll_b, kl, a.argmax(dim=1) == b.argmax(dim=1)
 
 
 def divergence(pairs: Sequence[Paired]) -> Divergence:
