@@ -27,13 +27,18 @@ from gptcore.records import Constraint
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
     from gptcore.tokenizer import Tokenizer
 
 MAX_DEPTH = 100
 MATCH_S = 2.0
 """Seconds that judging one text by an expression may take; some take for ever."""
-JSON_LOOKS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_LOOKS: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 """As most JSON that models have read; with free white space a hot model goes on with spaces."""
 SCHEMAS = ("items", "additionalProperties", "additionalItems", "contains", "propertyNames", "not")
 """Keywords of JSON Schema that hold a schema; below, those that hold named ones, and lists."""
@@ -143,10 +148,10 @@ class Guide:
     def _require_no_error(self) -> None:
         problem = self._matcher.get_error() if self._matcher.is_error() else ""
         nothing = self._allowed is not None and not self._mask.any()
-        if nothing or problem.startswith("NoExtension"):
+        if nothing or problem.startswith("NoExtension") or "Too many items" in problem:
             raise InvalidInput(
-                f"No text can follow this {self._constraint.name}: it contradicts itself, or needs "
-                "itself without an end."
+                f"No text can follow this {self._constraint.name} within the limits: it "
+                "contradicts itself, needs itself without an end, or forces too long a text."
             )
         if problem:
             raise InvalidInput(_refused(self._constraint, problem))
@@ -219,7 +224,9 @@ def follows(constraint: Constraint, text: str) -> bool | None:
         return text.removeprefix(" ") in constraint.choices
     if constraint.regex:
         try:
-            return regex.fullmatch(constraint.regex, text, timeout=MATCH_S) is not None
+            # Its newer syntax has nested sets and what is common to them, as Rust's has.
+            found = regex.fullmatch(constraint.regex, text, flags=regex.V1, timeout=MATCH_S)
+            return found is not None
         except (regex.error, TimeoutError):
             return None
     try:

@@ -60,6 +60,14 @@ page = st.navigation(
                 "heads, differences, and the time of a step.",
             ),
             st.Page(
+                links.IN_CONTEXT,
+                title="In context",
+                icon=":material/format_list_numbered:",
+                url_path="in_context",
+                help="What a prompt alone makes of a model: examples before a question, and texts "
+                "that are held to a rule.",
+            ),
+            st.Page(
                 links.MODELS,
                 title="Models",
                 icon=":material/database:",

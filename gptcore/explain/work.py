@@ -398,27 +398,28 @@ def _constraint(work: Explain, desk: Desk, loaded: Loaded) -> dict[str, Any]:
         desk.check()  # what it raises ends the text, and is raised again behind it
         return False
 
-    result: dict[str, Any] = {"rule": held.constraint.name}
+    held_texts: list[dict[str, Any]] = []
+    free_texts: list[dict[str, Any]] = []
 
     def known() -> dict[str, Any]:
         texts = tuple(map(engine.tokenizer.token_text, read))
         return {
-            **result,
+            "rule": held.constraint.name,
             **costs,
+            "texts": list(held_texts),
+            "free": list(free_texts),
             "text": Excerpt(tuple(read), texts).as_json(),
             "mask_s": statistics.fmean(mask_s) if mask_s else None,
             "step_s": statistics.fmean(steps) if steps else None,
         }
 
-    result["texts"] = []
-    result["free"] = []
     for number in range(held.texts):
         desk.phase("writing under the rule", number / held.texts)
-        result["texts"].append(written(held.seed + number, held.constraint))
+        held_texts.append(written(held.seed + number, held.constraint))
         desk.partial(known())
     for number in range(min(held.texts, FREE_TEXTS)):
         desk.phase("writing without it", number / FREE_TEXTS)
-        result["free"].append(written(held.seed + number, None))
+        free_texts.append(written(held.seed + number, None))
     return known()
 
 
