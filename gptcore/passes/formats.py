@@ -29,6 +29,8 @@ class Format:
     """0 stands for a whole row, on a symmetric grid; groups have a zero of their own."""
     activations: bool = False
     """Whether activations are rounded to 8 bits too, and multiplied as integers."""
+    ranged: bool = False
+    """Whether the range of the activations is known beforehand, not looked for in each token."""
     small: bool = False
     """Whether the layer is as small in memory as in a file, and slow."""
 
@@ -88,7 +90,7 @@ class Format:
         """
         from_bias = rows * bias * BYTES[placement.precision]
         if self.activations and placement.device == "cpu":
-            return rows * columns + rows * 16 + from_bias
+            return rows * columns + rows * (12 if self.ranged else 16) + from_bias
         if not self._tiled:
             return self.stored_bytes(rows, columns, bias, placement)
         padded = rows + (-rows % ROW_MULTIPLE if placement.device == "cpu" else 0)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gptcore.linears.quantized import PackedLinear
     from gptcore.model import GPT
 
-FORMAT = Format(8, activations=True)
+FORMAT = Format(8, activations=True, ranged=True)
 MOMENTS: tuple[Statistic, ...] = ("moments",)
 LEAST = 1e-5
 """The least magnitude of a channel or column that counts."""
@@ -62,6 +62,10 @@ class Int8Static(Int8):
         description="How much of the activations' large channels is moved into the weights: 0 "
         "leaves all as it is, 1 makes all channels equally large.",
     )
+
+    def format(self, name: str) -> Format:
+        """Return the form of every layer."""
+        return FORMAT
 
     @property
     def needs_calibration(self) -> bool:

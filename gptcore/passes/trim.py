@@ -107,7 +107,7 @@ class Trim(Pass):
                 "The vocabulary cannot be trimmed without the model's tokenizer, which would be "
                 "cut with it."
             )
-        context.tokenizer, kept = context.tokenizer.trimmed(set(ids.unique().tolist()))
+        context.tokenizer, kept = context.tokenizer.trimmed(set(ids.flatten().tolist()))
         rows = torch.tensor(kept, device=model.embedding.weight.device)
         if not isinstance(model.head, nn.Linear) or not isinstance(model.embedding, nn.Embedding):
             raise InvalidInput(

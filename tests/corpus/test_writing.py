@@ -78,10 +78,21 @@ def test_the_likeliest_text_is_that_of_the_engine(teacher: tuple[GPT, Tokenizer]
 
 
 def test_the_end_is_favoured_more_and_more(teacher: tuple[GPT, Tokenizer]) -> None:
-    free = written(teacher[0], PROMPTS, max_new_tokens=200)
-    drawn = written(teacher[0], PROMPTS, max_new_tokens=200, end_after=0)
-    assert sum(len(one.ids) for one in drawn) < sum(len(one.ids) for one in free)
-    assert all(one.ended for one in drawn)
+    """One end among 320 tokens, so that a text left alone is some hundreds of tokens long."""
+
+    def tokens(end_after: int | None) -> int:
+        found = written(
+            teacher[0],
+            [[*PROMPTS[0][:-1], last] for last in range(40, 56)],
+            max_new_tokens=240,
+            end_ids=frozenset({22}),
+            end_after=end_after,
+        )
+        return sum(len(one.ids) for one in found)
+
+    soon, late, never = tokens(0), tokens(100), tokens(None)
+    assert soon < late < never
+    assert soon < 0.8 * never
 
 
 def test_the_repetition_penalty_lowers_what_was_written(teacher: tuple[GPT, Tokenizer]) -> None:

@@ -103,14 +103,12 @@ def test_work_that_is_stopped_while_it_gives_way_does_not_hold_the_device() -> N
         assert held.wait(10)
         stop.append(True)
 
-    with (
-        pytest.raises(Cancelled),
-        shared_device(
-            "cpu", "train", wait=False, clock=clock, sleep=sleep, cancelled=lambda: bool(stop)
-        ) as breathe,
-    ):
+    with shared_device(
+        "cpu", "train", wait=False, clock=clock, sleep=sleep, cancelled=lambda: bool(stop)
+    ) as breathe:
         clock.now += HELD_S
-        breathe()
+        with pytest.raises(Cancelled):
+            breathe()
     done.set()
     waiting.join()
     assert not taken()

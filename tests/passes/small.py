@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from gptcore.device import Placement
 from gptcore.model import GPT
@@ -46,6 +47,16 @@ def made(spec: ModelSpec, precision: Precision = "fp32", seed: int = 0, std: flo
             parameter.add_(noise.to(parameter.dtype))
         else:
             parameter.mul_(std / 0.02)
+    return model
+
+
+def with_outliers(model: GPT) -> GPT:
+    """Return the model with some channels of its norms twenty times larger, as real ones have."""
+    for block in model.blocks:
+        for norm in (block.attention_norm, block.mlp_norm):
+            weight = norm.weight.clone()
+            weight[[2, 17]] *= 20
+            norm.weight = nn.Parameter(weight, requires_grad=False)
     return model
 
 

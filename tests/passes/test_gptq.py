@@ -19,7 +19,7 @@ from gptcore.passes.gptq import Inputs, solve
 from gptcore.passes.quantize import Int3, Int4, Int8, Quantizer
 from gptcore.passes.ranges import fitted, rounded
 from gptcore.spec import ModelSpec, gpt
-from tests.passes.small import applied, kl, logits, made, text
+from tests.passes.small import applied, kl, logits, made, text, with_outliers
 
 LLAMA = ModelSpec(
     family="llama",
@@ -251,11 +251,17 @@ def test_folding_into_a_norm_of_16_bits_follows_its_rounding() -> None:
 def test_a_calibrated_model_is_closer_than_a_rounded_one(
     one: Quantizer, method: str, spec: ModelSpec
 ) -> None:
-    """On the text that it was calibrated with, where both have to be better."""
+    """On the text that it was calibrated with, where both have to be better.
+
+    AWQ is for channels that stand out, and GPTQ for inputs that go together: without the former, or
+    where errors are those of the activations, neither has much to gain.
+    """
     ids = text(spec, seed=11)
     precision = "fp32" if isinstance(one, Int8) else "bf16"
     exact = made(spec, precision, std=0.1)
+    if method == "awq":
+        exact = with_outliers(exact)
     plain, _ = applied(one, copy.deepcopy(exact))
     better, _ = applied(one.model_copy(update={"method": method}), copy.deepcopy(exact), ids)
-    limit = 1.0 if isinstance(one, Int8) else 0.85
+    limit = 1.0 if isinstance(one, Int8) and method == "gptq" else 0.75
     assert kl(exact, better, ids[:8]) < limit * kl(exact, plain, ids[:8])

@@ -15,12 +15,22 @@ from gptcore.errors import InvalidInput, NumericalError
 from gptcore.linears import resident_bytes
 from gptcore.linears.quantized import StaticInt8Linear
 from gptcore.measure.memory import weight_bytes
-from gptcore.model import GPT
 from gptcore.passes.calibrate import calibrate
 from gptcore.passes.quantize import Int8
 from gptcore.passes.registry import pass_from_json
 from gptcore.passes.smooth import Int8Static, smoothing_scale
-from tests.passes.small import GPT2, LLAMA, SHAPES, UNTIED, applied, kl, logits, made, text
+from tests.passes.small import (
+    GPT2,
+    LLAMA,
+    SHAPES,
+    UNTIED,
+    applied,
+    kl,
+    logits,
+    made,
+    text,
+    with_outliers,
+)
 
 every_shape = pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
 
@@ -32,16 +42,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def with_outliers(model: GPT) -> GPT:
-    """Return the model with some channels of its norms twenty times larger."""
-    for block in model.blocks:
-        for norm in (block.attention_norm, block.mlp_norm):
-            weight = norm.weight.clone()
-            weight[[2, 17]] *= 20
-            norm.weight = nn.Parameter(weight, requires_grad=False)
-    return model
 
 
 @every_shape
