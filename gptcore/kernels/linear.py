@@ -277,7 +277,9 @@ def _matrix(numbers: Quantized, arena: Arena | None) -> Matrix:
     scale, zero = numbers.scale, numbers.zero
     if numbers.bits == 8 and scale.shape[1] == 1:
         codes = (numbers.codes ^ 128).view(torch.int8)
-        return Matrix.of(codes, scale[:, 0].float(), None, group=GROUPS[0], arena=arena)
+        columns = codes.shape[1]
+        group = min(GROUPS, key=lambda one: -columns % one)  # the first of those that pad least
+        return Matrix.of(codes, scale[:, 0].float(), None, group=group, arena=arena)
     group = next(one for one in GROUPS if numbers.group % one == 0)
     times = numbers.group // group
     scale = scale.repeat_interleave(times, dim=1)

@@ -87,7 +87,9 @@ CASES = [(spec, form) for spec in SPECS for form in FORMATS if suits(SPECS[spec]
 
 def random_model(spec: ModelSpec, seed: int = 0) -> GPT:
     """Return a model of which every number matters: norms and biases are random too."""
-    model = GPT(spec).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)  # which q, k and v draw their biases from
+        model = GPT(spec).eval().requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)
