@@ -83,19 +83,25 @@ class Trim(Pass):
             cut_rows(model.positions, slice(model.spec.context))
         if self.vocabulary == "text":
             self._cut_vocabulary(model, context)
-        head = before.linears[-1]
-        kept = model.spec.vocabulary * head.columns * BYTES[context.placement.precision]
-        trimmed = model.spec.vocabulary < before.vocabulary
-        reason = "trimming leaves the blocks as they are"
-        context.coverage[self.name] = Coverage(
-            head.rows * head.columns if trimmed else 0,
-            before.matmul_parameters,
-            (*(() if trimmed else (("head", "its vocabulary is kept"),)), ("blocks", reason)),
-            stored_bytes=kept if trimmed else 0,
-            resident_bytes=kept if trimmed else 0,
-        )
+        if model.spec.context == before.context or self.vocabulary == "text":
+            context.coverage[self.name] = self._coverage(before, model.spec, context.placement)
         context.progress(1.0)
         return model
+
+    def _coverage(self, before: ModelSpec, after: ModelSpec, placement: Placement) -> Coverage:
+        """Return what became of the head; a shorter context alone concerns no multiplication."""
+        head, kept = before.linears[-1], after.vocabulary
+        left = ("blocks", "trimming leaves the blocks as they are")
+        if kept == before.vocabulary:
+            return Coverage(0, before.matmul_parameters, (("head", "all tokens stay"), left))
+        size = kept * head.columns * BYTES[placement.precision]
+        return Coverage(
+            head.rows * head.columns,
+            before.matmul_parameters,
+            (left,),
+            stored_bytes=size,
+            resident_bytes=size,
+        )
 
     def _cut_vocabulary(self, model: GPT, context: PassContext) -> None:
         import torch
