@@ -1,7 +1,8 @@
 """``python -m gptcore``: the laboratory without a browser.
 
-Exit status: 0 done, 2 the input was wrong (one sentence on standard error), 130 stopped with
-Ctrl-C, 141 nobody reads the output any more. A generation that is stopped is kept as cancelled.
+Exit status: 0 done, 1 a slowdown was found, 2 the input was wrong (one sentence on standard error),
+130 stopped with Ctrl-C, 141 nobody reads the output any more. A generation that is stopped is kept
+as cancelled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import ModelEntry
-from gptcore.cli import corpus, evaluate, measuring, runs, train
+from gptcore.cli import corpus, evaluate, measuring, regress, runs, train
 from gptcore.cli.terminal import (
     REFUSED,
     Unread,
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Unread:
         return UNREAD
-    return 0
+    return int(getattr(options, "status", 0))
 
 
 def models_list(options: argparse.Namespace) -> dict[str, Any]:
@@ -357,6 +358,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     measuring.add_compare_arguments(compared)
 
+    regressed = _command(
+        commands, "regress", regress.regress, "measure beside a baseline: is it slower now"
+    )
+    regress.add_arguments(regressed)
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(
         required=True, metavar="WHAT"
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from gptcore.catalogue import Catalogue, ModelEntry
 from gptcore.device import Device, devices, require_device
@@ -38,6 +39,8 @@ from gptcore.exchange import Parcel, export, imported
 from gptcore.exchange import read as read_runs
 from gptcore.fit import Fit, fit
 from gptcore.host.client import Held, HostClient, LiveRun, Order
+from gptcore.host.regress import Regress as Regress
+from gptcore.host.regress import regression
 from gptcore.host.works import WORKS, work_from_json
 from gptcore.measure.compare import Compare as Compare
 from gptcore.measure.few_shot import FewShot as FewShot
@@ -359,6 +362,59 @@ class Lab:
     def item_sets(self) -> tuple[str, ...]:
         """Return the names of the sets of multiple-choice items, the one that ships first."""
         return TASK_SETS.names()
+    def baselines(self) -> tuple[str, ...]:
+        """Return the runs that are kept as baselines, newest first."""
+        return tuple(one.id for one in self._store.history(Filter(baseline=True, archived=True))[0])
+
+    def measured_variant(self, run_id: str) -> tuple[Run, Variant]:
+        """Return a run and the variant that it measured, A of a comparison.
+
+        Raises:
+            InvalidInput: there is no such run, or it says of no variant what it was.
+        """
+        found = self.snapshot(run_id)
+        if found is None:
+            raise InvalidInput(f"There is no run {brief(run_id)}; `runs list` shows them.")
+        run = found.run
+        kept = self._store.variant(run.variant_hash, run.created_at) if run.variant_hash else None
+        came = imported(run)
+        definition = came.variant if came else kept and kept[0]
+        try:
+            return run, Variant.model_validate(definition)
+        except ValidationError:
+            raise InvalidInput(
+                f"Run {brief(run_id)} does not say which variant it measured: choose another one."
+            ) from None
+
+    def regression(
+        self, run_id: str, candidate: Variant, accepted: Sequence[str] = (), **more: Any
+    ) -> Regress:
+        """Return the work that measures a variant beside the baseline's, to be started.
+
+        Args:
+            run_id: the baseline.
+            candidate: what may have become slower.
+            accepted: conditions that may differ from the baseline's, by name.
+            more: other fields of ``Regress``.
+
+        Raises:
+            InvalidInput: the baseline cannot be measured again, or conditions differ.
+        """
+        run, variant = self.measured_variant(run_id)
+        weights = variant.weights_id
+        if not weights.startswith("random:") and (
+            self.catalogue.identity(variant.model, paths=True)[1] != weights
+        ):
+            raise InvalidInput(
+                f"The weights of {variant.model} are not those that the baseline measured, so it "
+                "cannot be measured again: bring those back, or choose another baseline."
+            )
+        here = provenance(candidate.weights_id, candidate.placement.resolved_threads)
+        if floor := self.noise_floor(variant.placement.device):
+            more |= {"noise_floor": floor["ratio"], "noise_floor_at": floor["at"]}
+        made = self.run_provenance(run)
+        return regression(run, variant, made, candidate, here, accepted=accepted, **more)
+
 
     def item_kinds(self, name: str) -> tuple[str, ...]:
         """Return the kinds of items in a set.

@@ -306,6 +306,7 @@ class RunKind(StrEnum):
     BENCH = "bench"
     EVALUATE = "evaluate"
     COMPARE = "compare"
+    REGRESS = "regress"
     OPTIMIZE = "optimize"
     TRAIN = "train"
     TUNE = "tune"

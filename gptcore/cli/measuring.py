@@ -58,6 +58,21 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add_variant_arguments(parser)
     add_other_arguments(parser)
     add_grid_arguments(parser)
+    add_stop_arguments(parser)
+    parser.add_argument(
+        "--delay-ratio", type=float, default=0.0, help="slow the other side by this share"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses tokens and order")
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        help="a condition in which the sides may differ, such as threads; may be repeated",
+    )
+
+
+def add_stop_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say when a comparison ends."""
     for name, kind in (
         ("half_width", float),
         ("min_pairs", int),
@@ -71,16 +86,13 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
             default=field.default,
             help=f"{field.description} (default {field.default})".replace("%", "%%"),
         )
-    parser.add_argument(
-        "--delay-ratio", type=float, default=0.0, help="slow the other side by this share"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="chooses tokens and order")
-    parser.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        help="a condition in which the sides may differ, such as threads; may be repeated",
-    )
+
+
+def stop_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of ``StopRule`` that the options give."""
+    return {
+        name: getattr(options, name) for name in ("half_width", "min_pairs", "max_pairs", "seconds")
+    }
 
 
 def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,10 +226,7 @@ def compare_work(options: argparse.Namespace, first: Variant, other: Variant) ->
         {
             "variants": (first, other),
             "cells": cells_of(options),
-            "stop": {
-                name: getattr(options, name)
-                for name in ("half_width", "min_pairs", "max_pairs", "seconds")
-            },
+            "stop": stop_of(options),
             "delay_ratio": options.delay_ratio,
             "seed": options.seed,
             "accepted": tuple(options.accept),

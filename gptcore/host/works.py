@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from gptcore.errors import InvalidInput
 from gptcore.explain.work import Explain
+from gptcore.host.regress import Regress
 from gptcore.measure.bench import Bench
 from gptcore.measure.compare import Compare
 from gptcore.measure.evaluate import Evaluate
@@ -19,7 +20,7 @@ from gptcore.sentences import sentence
 from gptcore.work import Work
 
 WORKS: Mapping[RunKind, type[Work]] = {
-    one.kind: one for one in (Bench, Compare, Evaluate, Explain, FewShot, Tasks, Texts)
+    one.kind: one for one in (Bench, Compare, Evaluate, Explain, FewShot, Regress, Tasks, Texts)
 }
 
 

@@ -8,6 +8,7 @@ finds is this machine's noise.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -103,17 +104,20 @@ class Compare(Work):
 
     def perform(self, desk: Desk) -> Mapping[str, Any]:
         """Measure, and return sides, cells with blocks and comparisons, and how it was done."""
-        bench = _Sides(self, desk)
-        bench.load()
-        cells = []
-        for number, cell in enumerate(self.cells):
-            measured = _CellBlocks(cell, len(self.variants))
-            cells.append(measured)
-            self._measure(desk, bench, measured, number, cells)
-        return self._result(bench, cells, final=True)
+        with contextlib.closing(self._sides(desk)) as bench:
+            bench.load()
+            cells = []
+            for number, cell in enumerate(self.cells):
+                measured = _CellBlocks(cell, len(self.variants))
+                cells.append(measured)
+                self._measure(desk, bench, measured, number, cells)
+            return self._result(bench, cells, final=True)
+
+    def _sides(self, desk: Desk) -> Sides:
+        return Sides(self, desk)
 
     def _measure(
-        self, desk: Desk, bench: _Sides, blocks: _CellBlocks, number: int, cells: list[_CellBlocks]
+        self, desk: Desk, bench: Sides, blocks: _CellBlocks, number: int, cells: list[_CellBlocks]
     ) -> None:
         for side, variant in enumerate(self.variants):
             try:
@@ -142,9 +146,7 @@ class Compare(Work):
             if blocks.ended:
                 return
 
-    def _result(
-        self, bench: _Sides, cells: Sequence[_CellBlocks], *, final: bool
-    ) -> dict[str, Any]:
+    def _result(self, bench: Sides, cells: Sequence[_CellBlocks], *, final: bool) -> dict[str, Any]:
         incomplete = "" if final else "it was not measured to its end."
         found: list[tuple[_CellBlocks, int, str, Comparison]] = [
             (one, side, metric, self._compared(one, side, metric, bench, incomplete))
@@ -194,7 +196,7 @@ class Compare(Work):
         return result
 
     def _compared(
-        self, one: _CellBlocks, side: int, metric: str, bench: _Sides, incomplete: str
+        self, one: _CellBlocks, side: int, metric: str, bench: Sides, incomplete: str
     ) -> Comparison:
         for broken in (0, side):
             if broken in bench.problems:
@@ -286,7 +288,7 @@ class _CellBlocks:
         }
 
 
-class _Sides:
+class Sides:
     """The variants at the desk, with what became of each."""
 
     def __init__(self, work: Compare, desk: Desk) -> None:
@@ -299,6 +301,7 @@ class _Sides:
 
     @property
     def alive(self) -> list[int]:
+        """The sides that can be measured."""
         return [side for side in range(len(self._work.variants)) if side not in self.problems]
 
     def load(self) -> None:
@@ -364,7 +367,11 @@ class _Sides:
         )
         return loaded
 
+    def close(self) -> None:
+        """Let go of what was made for the sides alone: nothing, as the desk keeps the variants."""
+
     def described(self) -> list[dict[str, Any]]:
+        """Return who is who, with what is known of each."""
         return [
             {
                 "side": SIDES[side],

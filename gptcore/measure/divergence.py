@@ -200,7 +200,7 @@ def compare(
     rows = max(1, SLICE // a.shape[1])
     found = [
         _compared_rows(*slices)
-        for slices in zip(a.split(rows), b.split(rows), targets.split(rows), strict=True)
+        for slices in zip(*(torch.split(one, rows) for one in (a, b, targets)), strict=True)
     ]
     nll_a, nll_b, kl, same = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
     return nll_a, nll_b, kl, same

@@ -93,6 +93,8 @@ class Filter:
     """All of them."""
     archived: bool = False
     """Whether the archived ones are shown too."""
+    baseline: bool = False
+    """Only those that others are held against."""
     order: str = "created_at"
     """One of ``SORTABLE``; pinned runs come first in any order."""
     descending: bool = True
@@ -259,6 +261,8 @@ def _filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
             query = query.where(column.in_(list(values)))
     if not wanted.archived:
         query = query.where(func.coalesce(_NOTES.c.archived, False).is_(False))
+    if wanted.baseline:
+        query = query.where(_NOTES.c.baseline)
     for tag in wanted.tags:
         query = query.where(_holds(_NOTES.c.tags, json.dumps(tag)))
     if wanted.search:
