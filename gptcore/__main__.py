@@ -292,6 +292,7 @@ def _entry_json(entry: ModelEntry) -> dict[str, Any]:
         "note": entry.note,
         "problem": entry.problem,
         "path": str(entry.path) if entry.path else None,
+        "variant": entry.variant.model_dump(mode="json") if entry.variant else None,
         "spec": spec.model_dump(mode="json") if spec else None,
     }
 
@@ -357,11 +358,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "compare", measuring.compare, "measure two variants in turn: who is faster"
     )
     measuring.add_compare_arguments(compared)
-
     regressed = _command(
         commands, "regress", regress.regress, "measure beside a baseline: is it slower now"
     )
     regress.add_arguments(regressed)
+
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(
         required=True, metavar="WHAT"
     )

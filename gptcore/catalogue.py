@@ -24,7 +24,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gptcore import hub, weights
+from pydantic import ValidationError
+
+from gptcore import artifact, hub, weights
+from gptcore.artifact import Artifact
 from gptcore.errors import (
     GptcoreError,
     InvalidInput,
@@ -32,8 +35,16 @@ from gptcore.errors import (
     NetworkError,
     UnknownModel,
 )
+from gptcore.recipe import Recipe, Variant, place
+from gptcore.sentences import sentence
 from gptcore.spec import PRESETS, SMOLLM2_135M, ModelSpec
-from gptcore.tokenizer import chat_template_of, load_tokenizer, read_json
+from gptcore.tokenizer import (
+    Tokenizer,
+    byte_tokenizer,
+    chat_template_of,
+    load_tokenizer,
+    read_json,
+)
 from gptcore.weights import Checkpoint
 from gptcore.weights.gguf import conversion_of
 
@@ -77,7 +88,8 @@ class ModelEntry:
     name: str
     title: str
     kind: str
-    """``installed``, or ``random``: an exact shape whose weights are made up."""
+    """``installed``; ``variant``, made here by a recipe; or ``random``: an exact shape whose
+    weights are made up."""
     spec: ModelSpec | None
     path: Path | None = None
     stored_bytes: int | None = None
@@ -88,6 +100,8 @@ class ModelEntry:
     note: str = ""
     problem: str | None = None
     """Why it cannot be used, in a sentence."""
+    variant: Variant | None = None
+    """What a finished variant was made of, and how."""
 
 
 class Catalogue:
@@ -132,8 +146,8 @@ class Catalogue:
         Raises:
             UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
         """
-        if paths and not self._is_installed(name) and (path := as_path(name)):
-            checkpoint = weights.describe(path)
+        if paths and not self._is_installed(name) and as_path(name):
+            checkpoint = self.checkpoint(name)
             return checkpoint.spec, checkpoint.weights_id
         entry = self.entry(name)
         if entry.problem:
@@ -144,18 +158,115 @@ class Catalogue:
         checkpoint = self.checkpoint(name)
         return checkpoint.spec, checkpoint.weights_id
 
+    def variant(
+        self,
+        model: str,
+        *,
+        precision: str | None = None,
+        device: str = "cpu",
+        threads: int = 0,
+        recipe: Recipe = Recipe(),
+        paths: bool = False,
+    ) -> Variant:
+        """Return the variant that a person picked; int8 and int4 become passes.
+
+        A finished variant brings the recipe that made it, and further passes stand behind it.
+
+        Args:
+            model: of the catalogue.
+            precision: fp32 where not given; a finished variant has its own.
+            device: where it shall run.
+            threads: on a CPU; 0 is all cores.
+            recipe: the passes.
+            paths: whether any path on disk will do as a model too.
+
+        Raises:
+            UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
+            InvalidInput: the recipe cannot follow, or it was made for another device or precision.
+        """
+        found = self.artifact(model) if paths or self._is_installed(model) else None
+        if found is None:
+            placement, recipe = place(precision or "fp32", device, threads, recipe)
+            spec, weights_id = self.identity(model, paths=paths)
+            return Variant(
+                model=model, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
+            )
+        made = found.variant
+        if device.split(":")[0] != made.placement.device.split(":")[0]:
+            raise InvalidInput(
+                f"{found.directory.name} was made for {made.placement.device}: choose it, or make "
+                f"one for {device} from the recipe."
+            )
+        if precision not in (None, made.precision, made.placement.precision):
+            raise InvalidInput(
+                f"{found.directory.name} was made in {made.precision} and is used as it is: "
+                f"choose that instead of {precision}."
+            )
+        joined = made.recipe
+        try:
+            for one in recipe.passes:
+                joined = joined.then(one)
+        except ValidationError as error:
+            raise InvalidInput(
+                f"{found.directory.name} cannot take these passes: {sentence(error, Recipe)}"
+            ) from None
+        text = made.recipe.calibration or recipe.calibration
+        return made.model_copy(
+            update={
+                "model": model,
+                "placement": made.placement.model_copy(
+                    update={"device": device, "threads": threads}
+                ),
+                "recipe": joined.model_copy(update={"calibration": text}),
+            }
+        )
+
     def checkpoint(self, name: str, progress: Progress = weights.silent) -> Checkpoint:
         """Return what lies on disk under a catalogue name, or at a path (command line only).
 
         Raises:
             UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
         """
+        if found := self.artifact(name):
+            return weights.Checkpoint(
+                directory=found.directory,
+                spec=found.spec,
+                source_precision=found.source_precision,
+                weights_id=found.variant.weights_id,
+                stored_bytes=found.stored_bytes,
+            )
         if not self._is_installed(name) and (path := as_path(name)):
             return weights.describe(path, progress)
         entry = self.entry(name)
         if entry.path is None:
             raise UnknownModel(f"{name} is a shape without weights on disk.")
         return weights.describe(self._source_of(name), progress)
+
+    def artifact(self, name: str) -> Artifact | None:
+        """Return the finished variant of that name or at that path, None where it is none.
+
+        Raises:
+            InvalidWeights: it is one, and damaged or changed.
+        """
+        folder = self._folder_of(name) if self._is_installed(name) else as_path(name)
+        if folder is None or not artifact.is_artifact(folder):
+            return None
+        return artifact.describe(folder)
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """Return the tokenizer of a model by name or path; random weights have bytes for tokens.
+
+        Raises:
+            UnknownModel, InvalidWeights, InvalidSpec: it cannot be used.
+        """
+        if found := self.artifact(name):
+            return artifact.tokenizer_of(found)
+        if not self._is_installed(name) and as_path(name) is None:
+            entry = self.entry(name)
+            if entry.kind == "random":
+                assert entry.spec is not None
+                return byte_tokenizer(entry.spec.vocabulary)
+        return load_tokenizer(self.checkpoint(name).directory)
 
     def _is_installed(self, name: str) -> bool:
         return bool(NAME.fullmatch(name)) and self._folder_of(name).is_dir()
@@ -264,8 +375,10 @@ class Catalogue:
 
     def _read(self, name: str) -> ModelEntry:
         folder = self._folder_of(name)
-        checkpoint = weights.describe(self._source_of(name))
         card = card_of(folder)
+        if artifact.is_artifact(folder):
+            return self._finished(artifact.describe(folder), card)
+        checkpoint = weights.describe(self._source_of(name))
         settings = read_json(checkpoint.directory, "tokenizer_config.json")
         return ModelEntry(
             name=name,
@@ -279,6 +392,25 @@ class Catalogue:
             provenance=card.get("provenance", "unknown"),
             chat=chat_template_of(checkpoint.directory, settings) is not None,
             note=card.get("note", ""),
+        )
+
+    @staticmethod
+    def _finished(found: Artifact, card: dict[str, str]) -> ModelEntry:
+        folder, made_of = found.directory, found.variant
+        settings = read_json(folder, "tokenizer_config.json")
+        return ModelEntry(
+            name=folder.name,
+            title=card.get("title", folder.name),
+            kind="variant",
+            spec=found.spec,
+            path=folder,
+            stored_bytes=found.stored_bytes,
+            source_precision=found.source_precision,
+            licence=card.get("licence"),
+            provenance=f"{made_of.model}, {made_of.recipe}",
+            chat=chat_template_of(folder, settings) is not None,
+            note=card.get("note", ""),
+            variant=made_of.model_copy(update={"model": folder.name}),
         )
 
     def _add(

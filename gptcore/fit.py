@@ -48,6 +48,7 @@ def needed_bytes(variant: Variant, context_tokens: int) -> int:
     for one in variant.recipe.passes:
         peak = max(peak, one.weights_peak_bytes(spec, variant.placement, weights))
         weights = one.weights_bytes_after(spec, variant.placement, weights)
+        spec = one.spec_after(spec)
     cache = context_tokens * variant.kv_bytes_per_token
     activations = PREFILL_TOKENS * (6 * spec.width + 3 * spec.hidden) * BYTES[precision]
     return peak + cache + activations + 4 * spec.vocabulary * 4 + LIBRARY_BYTES

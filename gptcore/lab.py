@@ -42,6 +42,7 @@ from gptcore.host.client import Held, HostClient, LiveRun, Order
 from gptcore.host.regress import Regress as Regress
 from gptcore.host.regress import regression
 from gptcore.host.works import WORKS, work_from_json
+from gptcore.measure.calibration import with_text
 from gptcore.measure.compare import Compare as Compare
 from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
@@ -56,7 +57,7 @@ from gptcore.monitor.prometheus import Metrics
 from gptcore.monitor.traffic import Traffic
 from gptcore.paths import data_dir, models_dir
 from gptcore.provenance import owner, owner_lives, provenance
-from gptcore.recipe import Recipe, Variant, place
+from gptcore.recipe import Recipe, Variant
 from gptcore.records import (
     Annotation,
     Choice,
@@ -80,7 +81,7 @@ from gptcore.store import Store, open_store
 from gptcore.store.history import Answer as Answer
 from gptcore.store.history import Filter as Filter
 from gptcore.store.history import Found as Found
-from gptcore.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from gptcore.tokenizer import Tokenizer
 from gptcore.work import Work
 
 REMEMBERED_RUNS = 200
@@ -219,22 +220,24 @@ class Lab:
     def variant(
         self,
         model: str,
-        precision: str = "fp32",
+        precision: str | None = None,
         device: str = "cpu",
         threads: int = 0,
         recipe: Recipe = Recipe(),
     ) -> Variant:
-        """Return the variant that a person picked; int8 and int4 become passes.
+        """Return the variant that a person picked; see ``Catalogue.variant``.
 
         Raises:
             UnknownModel, InvalidInput, DeviceAbsent: with the way out.
         """
         require_device(device)
-        placement, recipe = place(precision, device, threads, recipe)
-        spec, weights_id = self.catalogue.identity(model)
-        return Variant(
-            model=model, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
+        variant = self.catalogue.variant(
+            model, precision=precision, device=device, threads=threads, recipe=recipe
         )
+        known = variant.recipe.calibration
+        if known is None or not known.hash:
+            variant = variant.model_copy(update={"recipe": with_text(variant.recipe)})
+        return variant
 
     def fit(self, variant: Variant, context_tokens: int | None = None) -> Fit:
         """Return whether ``variant`` fits into free memory, allocating nothing."""
@@ -359,9 +362,6 @@ class Lab:
             )
         return self.start(work)
 
-    def item_sets(self) -> tuple[str, ...]:
-        """Return the names of the sets of multiple-choice items, the one that ships first."""
-        return TASK_SETS.names()
     def baselines(self) -> tuple[str, ...]:
         """Return the runs that are kept as baselines, newest first."""
         return tuple(one.id for one in self._store.history(Filter(baseline=True, archived=True))[0])
@@ -415,6 +415,9 @@ class Lab:
         made = self.run_provenance(run)
         return regression(run, variant, made, candidate, here, accepted=accepted, **more)
 
+    def item_sets(self) -> tuple[str, ...]:
+        """Return the names of the sets of multiple-choice items, the one that ships first."""
+        return TASK_SETS.names()
 
     def item_kinds(self, name: str) -> tuple[str, ...]:
         """Return the kinds of items in a set.
@@ -473,9 +476,8 @@ class Lab:
 
     def _check_passes(self, variant: Variant) -> None:
         require_device(variant.placement.device)
-        for one in variant.recipe.passes:
-            if blocked := one.blocked_by(variant.spec, variant.placement):
-                raise InvalidInput(f"{one.title} cannot run here: {blocked}")
+        if blocked := variant.blocked_by:
+            raise InvalidInput(blocked)
 
     def snapshot(self, run_id: str) -> Snapshot | None:
         """Return the state of a run, live or from the store; None if nobody knows it."""
@@ -891,11 +893,7 @@ class Lab:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  a lab lives as long as the program
     def _tokenizer(self, model: str) -> Tokenizer:
-        entry = self.catalogue.entry(model)
-        if entry.kind == "random":
-            assert entry.spec is not None
-            return byte_tokenizer(entry.spec.vocabulary)
-        return load_tokenizer(self.catalogue.checkpoint(model).directory)
+        return self.catalogue.tokenizer(model)
 
 
 def _keep_variant(store: Store, variant: Variant, provenance: Provenance) -> None:

@@ -9,7 +9,7 @@ does so inside ``perform``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +34,10 @@ class Loaded:
     coverage: dict[str, Coverage]
     load_s: float
     """Seconds from the weights on disk to a model that can be asked, passes included."""
+    passes_s: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that each pass took."""
+    passes_peak_bytes: int | None = None
+    """The most memory that this process had while passes ran."""
 
 
 class Desk(Protocol):

@@ -73,6 +73,7 @@ MODEL_KEYS = {
     "problem",
     "path",
     "spec",
+    "variant",
 }
 
 
@@ -553,10 +554,14 @@ REFUSALS = {
     "unknown precision": (("--precision", "int3"), r"argument --precision: invalid choice.*int8.*"),
     "unknown device": (("--device", "tpu"), r"There is no device 'tpu' here; use one of: cpu.*"),
     "absent device": (("--device", "cuda:64"), r"There is no device 'cuda:64' here; .*"),
-    "recipe no JSON": (("--recipe", "int8"), r"--recipe is no JSON \(.*\); .*\[{\"pass\": .*"),
-    "recipe too deep": (("--recipe", "[" * 100_000), r"--recipe is no JSON \(.*recursion.*\); .*"),
-    "recipe of big number": (("--recipe", "9" * 5000), r"--recipe is no JSON \(.*\); .*"),
-    "recipe no list": (("--recipe", "{}"), r"Passes is \{\}; it must be a list\."),
+    "recipe no JSON": (("--recipe", "[int8"), r"The recipe is no JSON \(.*\); .*\[{\"pass\": .*"),
+    "recipe no calls": (("--recipe", "int8 or so"), r"The recipe 'int8 or so' cannot be read; .*"),
+    "recipe too deep": (
+        ("--recipe", "[" * 100_000),
+        r"The recipe is no JSON \(.*recursion.*\); .*",
+    ),
+    "recipe of big number": (("--recipe", "9" * 5000), r"The recipe '9+…' cannot be read; .*"),
+    "recipe no list": (("--recipe", "{}"), r'The "passes" of a recipe are a list such as .*'),
     "unknown pass": (("--recipe", '[{"pass": "p"}]'), r"There is no pass 'p'; there are: .*"),
     "unknown parameter": (
         ("--recipe", '[{"pass": "int8", "bits": 3}]'),

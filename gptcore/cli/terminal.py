@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from gptcore.catalogue import Catalogue
+from gptcore.catalogue import Catalogue, as_path
 from gptcore.device import require_device
 from gptcore.errors import (
     Cancelled,
@@ -26,9 +26,10 @@ from gptcore.errors import (
 )
 from gptcore.host.wire import error_from_json
 from gptcore.host.worker import Watcher, Worker
+from gptcore.measure.calibration import with_text
 from gptcore.paths import models_dir
 from gptcore.provenance import owner, provenance
-from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
+from gptcore.recipe import SHORTHANDS, Recipe, Variant, recipe_from_text
 from gptcore.records import Measurement, Run, RunKind, RunState, Token, new_id, now
 from gptcore.sentences import brief, one_line
 from gptcore.store import open_store
@@ -88,7 +89,9 @@ def catalogue() -> Catalogue:
 def add_variant_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a variant, and whether to wait for its device."""
     parser.add_argument("--model", default="smollm2-135m", help="a catalogue name or any path")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="default: fp32, or as a finished variant was made"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     parser.add_argument("--recipe", help="a JSON list of passes")
@@ -111,14 +114,16 @@ def variant_of(options: argparse.Namespace, models: Catalogue) -> Variant:
         UnknownModel, InvalidInput, DeviceAbsent: with the way out.
     """
     require_device(options.device)
-    recipe = Recipe()
-    if options.recipe:
-        recipe = Recipe.model_validate(
-            {"passes": json_option("--recipe", options.recipe, '[{"pass": "int8"}]')}
-        )
-    placement, recipe = place(options.precision, options.device, options.threads, recipe)
+    recipe = recipe_option(options.recipe) if options.recipe else Recipe()
     try:
-        spec, weights_id = models.identity(options.model, paths=True)
+        variant = models.variant(
+            options.model,
+            precision=options.precision,
+            device=options.device,
+            threads=options.threads,
+            recipe=recipe,
+            paths=True,
+        )
     except UnknownModel as error:
         if "/" not in options.model:
             raise
@@ -126,9 +131,22 @@ def variant_of(options: argparse.Namespace, models: Catalogue) -> Variant:
             f"There is no model folder or .gguf file {brief(options.model)!r}; `models list` "
             "shows the names that need no path."
         ) from error
-    return Variant(
-        model=options.model, spec=spec, weights_id=weights_id, placement=placement, recipe=recipe
-    )
+    return variant.model_copy(update={"recipe": with_text(variant.recipe, paths=True)})
+
+
+def recipe_option(text: str) -> Recipe:
+    """Return the recipe of an option: passes as JSON or as calls, or a file with such.
+
+    Raises:
+        InvalidInput: it cannot be read, or is not allowed.
+    """
+    path = as_path(text)
+    if path is None or not path.is_file():
+        return recipe_from_text(text)
+    try:
+        return recipe_from_text(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"The recipe {brief(text)} cannot be read: {error}.") from None
 
 
 def other_variant_of(options: argparse.Namespace, models: Catalogue) -> Variant | None:
@@ -140,6 +158,8 @@ def other_variant_of(options: argparse.Namespace, models: Catalogue) -> Variant 
     }
     if not named:
         return None
+    if "model" in named and models.artifact(named["model"]):
+        named = {"precision": None, "recipe": None, **named}  # it has its own
     return variant_of(argparse.Namespace(**{**vars(options), **named}), models)
 
 

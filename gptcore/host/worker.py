@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from gptcore.device import free_bytes, limit_spinning
 from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
 from gptcore.fit import fit
 from gptcore.host.lock import device_lock
+from gptcore.measure.calibration import named_text, rows, with_text
 from gptcore.measure.memory import PeakMemory, trim_heap, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
 from gptcore.passes.base import PassContext
@@ -36,15 +36,19 @@ from gptcore.records import (
     Token,
     now,
 )
+from gptcore.spec import PRESETS
 from gptcore.work import Loaded, Work
 
 if TYPE_CHECKING:
     from gptcore.engine import Generation
+    from gptcore.model import GPT
 
 MAX_LOADED = 4
 """Variants kept loaded at most; the least recently used goes first."""
 PEAK_ROOM = 4
 """The bandwidth is measured where this many times the weights of a step are free."""
+LEAST_SHARE = 0.02
+"""A pass that is done so far says nothing yet of how long it will take."""
 NUMBERS_EVERY_S = 0.4
 """How often the numbers of a generation are told while it writes."""
 
@@ -247,9 +251,42 @@ class Worker:
                 self.unload()
 
     def _built(self, variant: Variant, watcher: Watcher) -> Loaded:
-        from gptcore import weights
         from gptcore.engine import Engine
-        from gptcore.tokenizer import byte_tokenizer, load_tokenizer
+
+        model, context, done = self._begun(variant, watcher)
+        if blocked := variant.blocked_by:
+            raise InvalidInput(blocked)
+        seconds: dict[str, float] = {}
+        with PeakMemory(self.device) as memory:
+            for one in variant.recipe.passes[done:]:
+                began = self._clock()
+                if one.needs_calibration and context.calibration_ids is None:
+                    self._calibrate(context, variant)
+                context.progress = _telling(one.title, watcher, self._clock)
+                model = one.apply(model, context)
+                seconds[one.name] = seconds.get(one.name, 0.0) + self._clock() - began
+        model.eval()
+        trim_heap()
+        resident_bytes, step_bytes = weight_bytes(model)
+        assert context.tokenizer is not None
+        return Loaded(
+            variant=variant,
+            engine=Engine(model, context.tokenizer, clock=self._clock),
+            resident_bytes=resident_bytes,
+            step_bytes=step_bytes,
+            coverage=context.coverage,
+            load_s=0.0,
+            passes_s=seconds,
+            passes_peak_bytes=memory.peak_bytes or None,
+        )
+
+    def _begun(self, variant: Variant, watcher: Watcher) -> tuple[GPT, PassContext, int]:
+        """Return the model to apply the recipe to, and how many of its passes that has behind it.
+
+        Passes of the runtime are never behind it: a finished variant keeps them as recipe.
+        """
+        from gptcore import artifact, weights
+        from gptcore.tokenizer import byte_tokenizer
 
         def progress(ratio: float) -> None:
             if watcher.cancelled():
@@ -257,36 +294,43 @@ class Worker:
             watcher.on_phase("loading weights", ratio)
 
         placement = variant.placement
+        context = PassContext(placement=placement, progress=progress)
+        model_name = variant.model
+        if not self._has_random(variant) and (made := self._catalogue.artifact(model_name)):
+            if continues(variant, made.variant):
+                context.coverage |= made.coverage
+                context.tokenizer = artifact.tokenizer_of(made)
+                done = len(made.variant.weights_only.recipe.passes)
+                return artifact.load(made, progress), context, done
+            model_name = made.variant.model
         if variant.weights_id.startswith("random:"):
             seed = int(variant.weights_id.removeprefix("random:"))
             model = weights.build_random(variant.spec, placement, seed, progress)
-            tokenizer = byte_tokenizer(variant.spec.vocabulary)
-        else:
-            checkpoint = self._catalogue.checkpoint(variant.model, progress)
-            if checkpoint.weights_id != variant.weights_id:
-                raise InvalidWeights(
-                    f"The weights of {variant.model} changed on disk since they were chosen: "
-                    "choose the model again."
-                )
-            model = weights.build(checkpoint, placement, progress)
-            tokenizer = load_tokenizer(Path(checkpoint.directory))
-        context = PassContext(placement=placement, progress=progress)
-        for one in variant.recipe.passes:
-            if blocked := one.blocked_by(variant.spec, placement):
-                raise InvalidInput(f"{one.title} cannot run here: {blocked}")
-            watcher.on_phase(f"applying {one.title.lower()}", None)
-            model = one.apply(model, context)
-        model.eval()
-        trim_heap()
-        resident_bytes, step_bytes = weight_bytes(model)
-        return Loaded(
-            variant=variant,
-            engine=Engine(model, tokenizer, clock=self._clock),
-            resident_bytes=resident_bytes,
-            step_bytes=step_bytes,
-            coverage=context.coverage,
-            load_s=0.0,
+            context.tokenizer = byte_tokenizer(variant.spec.vocabulary)
+            return model, context, 0
+        checkpoint = self._catalogue.checkpoint(model_name, progress)
+        if checkpoint.weights_id != variant.weights_id:
+            raise InvalidWeights(
+                f"The weights of {model_name} changed on disk since they were chosen: "
+                "choose the model again."
+            )
+        context.tokenizer = self._catalogue.tokenizer(model_name)
+        return weights.build(checkpoint, placement, progress), context, 0
+
+    def _has_random(self, variant: Variant) -> bool:
+        """Whether the weights are made up, and the model's name is that of a shape."""
+        return variant.weights_id.startswith("random:") and variant.model in PRESETS
+
+    def _calibrate(self, context: PassContext, variant: Variant) -> None:
+        """Give the passes their text, as the tokenizer reads it now."""
+        wanted = with_text(variant.recipe, paths=True).calibration
+        assert wanted is not None
+        assert context.tokenizer is not None
+        text = named_text(wanted, paths=True)
+        context.calibration_ids = rows(
+            text.content, wanted, context.tokenizer, variant.spec_after.context
         )
+        context.calibration_hash = text.hash
 
     def _numbers(
         self,
@@ -349,6 +393,30 @@ class Worker:
             error_kind=error.kind if error else None,
             error=str(error) if error else None,
         )
+
+
+def continues(variant: Variant, made: Variant) -> bool:
+    """Return whether a finished variant is ``variant``, or what its recipe goes on from."""
+    same = (variant.weights_id, variant.spec, variant.placement.precision)
+    return same == (made.weights_id, made.spec, made.placement.precision) and (
+        variant.recipe.begins_with(made.weights_only.recipe)
+    )
+
+
+def _telling(title: str, watcher: Watcher, clock: Callable[[], float]) -> Callable[[float], None]:
+    """Return what tells the share of a pass that is done, and about how long the rest takes."""
+    began, what = clock(), f"applying {title[:1].lower()}{title[1:]}"
+
+    def progress(ratio: float) -> None:
+        if watcher.cancelled():
+            raise Cancelled("Cancelled while a pass was running; the model is as it was.")
+        spent = clock() - began
+        left = spent / ratio - spent if ratio > LEAST_SHARE else None
+        rest = "" if left is None or left < 1 else f", about {left:.0f} s left"
+        watcher.on_phase(f"{what}{rest}", ratio)
+
+    progress(0.0)
+    return progress
 
 
 def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, int]:

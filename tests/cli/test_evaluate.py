@@ -155,7 +155,7 @@ REFUSED = {
     "context": (("--window", "513"), "longer than the context of"),
     "no word": (("--window", "many"), "invalid int value: 'many'"),
     "precision": (("--against-precision", "int3"), "invalid choice: 'int3'"),
-    "recipe": (("--against-recipe", "int8"), "--against-recipe is no JSON|--recipe is no JSON"),
+    "recipe": (("--against-recipe", "int8("), "The recipe 'int8(' cannot be read"),
     "model": (("--against-model", "nobody"), "nobody"),
 }
 
