@@ -140,9 +140,10 @@ class Matrix:
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
             raise IndexError(f"there are {self.rows} rows")
         found = torch.empty(len(rows), self.columns)
+        rows = rows.contiguous()  # kept until the call is over
         library().gpt_rows(
             ctypes.byref(self.described()),
-            rows.contiguous().data_ptr(),
+            rows.data_ptr(),
             len(rows),
             found.data_ptr(),
         )

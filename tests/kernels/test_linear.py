@@ -228,3 +228,12 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
     assert not fits(Grid(5, 32).quantize(weight))
     lowest = Quantized(8, torch.zeros(16, 96, dtype=torch.uint8), torch.ones(16, 1))
     assert not fits(lowest)
+
+
+def test_rows_may_be_every_second_of_many() -> None:
+    """Their copy must live until the call is over: so large a one is unmapped when it is freed."""
+    codes, scale, zero, weight = numbers("rows", 16, 64, 64)
+    matrix = Matrix.of(codes, scale, zero, group=64)
+    strided = (torch.arange(80_000) % 16)[::2]
+    picked = matrix.pick(strided)
+    assert torch.allclose(picked.double(), weight[strided], rtol=1e-6, atol=1e-6)
