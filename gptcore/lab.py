@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from gptcore.catalogue import Catalogue, ModelEntry
-from gptcore.device import Device, devices, require_device
+from gptcore.device import Device, Placement, devices, require_device
 from gptcore.errors import (
     Cancelled,
     ContextOverflow,
@@ -46,8 +46,11 @@ from gptcore.measure.calibration import with_text
 from gptcore.measure.compare import Compare as Compare
 from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
+from gptcore.measure.peaks import known_flops
 from gptcore.measure.rating import Ratings, rate
 from gptcore.measure.report import comparison_page
+from gptcore.measure.roofline import Reached as Reached
+from gptcore.measure.roofline import reached
 from gptcore.measure.statistics import StopRule as StopRule
 from gptcore.measure.statistics import median_interval, summary
 from gptcore.measure.tasks import TASK_SETS, kinds_of, named_tasks
@@ -90,6 +93,13 @@ ABANDONED_AFTER_S = 15.0
 """A generation that no connected browser session has looked at for so long is cancelled."""
 DEFAULT_CONTEXT_TOKENS = 2048
 """The cache that ``fit`` plans for when nobody says how long a text shall be."""
+MOST_REACHED = {
+    RunKind.BENCH: 500,
+    RunKind.COMPARE: 500,
+    RunKind.REGRESS: 500,
+    RunKind.GENERATE: 1000,
+}
+"""Runs of each kind that are held against the machine's peaks, newest first."""
 
 log = logging.getLogger(__name__)
 
@@ -362,6 +372,27 @@ class Lab:
             )
         return self.start(work)
 
+    def reached(self) -> tuple[tuple[Reached, ...], int]:
+        """Return what the last runs reached of this machine's measured peaks.
+
+        Returns:
+            Newest first, and how many runs that were looked at say nothing of it.
+        """
+        peaks = known_flops()
+        variants: dict[str, Variant | None] = {}
+        found: list[Reached] = []
+        silent = 0
+        for kind, most in MOST_REACHED.items():
+            for run in self._store.runs(kind=kind, state=RunState.DONE, limit=most):
+                hash = run.variant_hash if run.kind is RunKind.GENERATE else None
+                if hash and hash not in variants:
+                    kept = self._store.variant(hash)
+                    variants[hash] = _variant_of(kept[0]) if kept else None
+                of_run = () if imported(run) else reached(run, variants.get(hash or ""), peaks)
+                found += of_run
+                silent += not of_run
+        return tuple(sorted(found, key=lambda one: one.at, reverse=True)), silent
+
     def baselines(self) -> tuple[str, ...]:
         """Return the runs that are kept as baselines, newest first."""
         return tuple(one.id for one in self._store.history(Filter(baseline=True, archived=True))[0])
@@ -379,12 +410,18 @@ class Lab:
         kept = self._store.variant(run.variant_hash, run.created_at) if run.variant_hash else None
         came = imported(run)
         definition = came.variant if came else kept and kept[0]
-        try:
-            return run, Variant.model_validate(definition)
-        except ValidationError:
+        variant = _variant_of(definition) if definition else None
+        if variant is None:
             raise InvalidInput(
                 f"Run {brief(run_id)} does not say which variant it measured: choose another one."
-            ) from None
+            )
+        return run, variant
+
+    def differing_from(self, run: Run, threads: int) -> tuple[str, ...]:
+        """Return the conditions in which a measurement of now would differ from a run's."""
+        placement = Placement(device=run.device or "cpu", precision="fp32", threads=threads)
+        here = provenance(None, placement.resolved_threads)
+        return tuple(differing_conditions([(run, self.run_provenance(run)), (run, here)]))
 
     def regression(
         self, run_id: str, candidate: Variant, accepted: Sequence[str] = (), **more: Any
@@ -894,6 +931,13 @@ class Lab:
     @functools.lru_cache(maxsize=8)  # noqa: B019  a lab lives as long as the program
     def _tokenizer(self, model: str) -> Tokenizer:
         return self.catalogue.tokenizer(model)
+
+
+def _variant_of(definition: Mapping[str, Any]) -> Variant | None:
+    try:
+        return Variant.model_validate(definition)
+    except ValidationError:
+        return None
 
 
 def _keep_variant(store: Store, variant: Variant, provenance: Provenance) -> None:

@@ -130,7 +130,7 @@ class Bench(Work):
             done.measured(
                 cell, f"{target}_tokens_per_s", [tokens / s for s in seconds], warmup=self.warmup
             )
-            cost = COSTS[target](loaded, cell)
+            cost = COSTS[target](Weighed.of(loaded), cell)
             done.cell(cell)[target] = {
                 **held_against(cost, min(seconds), self.variant, threads, target),
                 "flop": cost.flop,
@@ -209,28 +209,44 @@ class Cost:
     """Bytes of weights that each of them reads."""
 
 
-def prefill_cost(loaded: Loaded, cell: Cell) -> Cost:
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What of a variant decides the cost of a step."""
+
+    spec: ModelSpec
+    step_bytes: int
+    """Weight bytes that one decode step reads."""
+    kv_bytes_per_token: int
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> Weighed:
+        """Return it for a variant in memory."""
+        return cls(loaded.engine.model.spec, loaded.step_bytes, loaded.variant.kv_bytes_per_token)
+
+
+def prefill_cost(one: Weighed, cell: Cell) -> Cost:
     """Return what reading the prompts costs: 2 × weights a token, and attention to all before."""
-    spec, tokens = loaded.engine.model.spec, cell.prompt_tokens
+    spec, tokens = one.spec, cell.prompt_tokens
     head = spec.vocabulary * spec.width
     flop = 2.0 * ((spec.matmul_parameters - head) * tokens + head)
     flop += attention_flop(spec, tokens * (tokens + 1) / 2)
-    kv = loaded.variant.kv_bytes_per_token
-    moved = loaded.step_bytes + cell.batch * tokens * kv
-    return Cost(cell.batch * flop, moved, 1, loaded.step_bytes)
+    moved = one.step_bytes + cell.batch * tokens * one.kv_bytes_per_token
+    return Cost(cell.batch * flop, moved, 1, one.step_bytes)
 
 
-def decode_cost(loaded: Loaded, cell: Cell) -> Cost:
+def decode_cost(one: Weighed, cell: Cell) -> Cost:
     """Return what all steps but the first cost; a batch shares the weights that are read."""
-    spec, steps = loaded.engine.model.spec, cell.new_tokens - 1
+    spec, steps = one.spec, cell.new_tokens - 1
     seen = sum(range(cell.prompt_tokens + 1, cell.prompt_tokens + cell.new_tokens))
     flop = 2.0 * spec.matmul_parameters * steps + attention_flop(spec, seen)
-    kv = loaded.variant.kv_bytes_per_token
-    moved = steps * loaded.step_bytes + cell.batch * seen * kv
-    return Cost(cell.batch * flop, moved, steps, loaded.step_bytes)
+    moved = steps * one.step_bytes + cell.batch * seen * one.kv_bytes_per_token
+    return Cost(cell.batch * flop, moved, steps, one.step_bytes)
 
 
-COSTS: dict[str, Callable[[Loaded, Cell], Cost]] = {"prefill": prefill_cost, "decode": decode_cost}
+COSTS: dict[str, Callable[[Weighed, Cell], Cost]] = {
+    "prefill": prefill_cost,
+    "decode": decode_cost,
+}
 
 
 def attention_flop(spec: ModelSpec, seen: float) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from gptcore.errors import Cancelled, GptcoreError
+from gptcore.measure.bench import COSTS, Weighed, held_against
 from gptcore.measure.energy import EnergyMeter
 from gptcore.measure.statistics import (
     METHOD,
@@ -111,7 +112,32 @@ class Compare(Work):
                 measured = _CellBlocks(cell, len(self.variants))
                 cells.append(measured)
                 self._measure(desk, bench, measured, number, cells)
-            return self._result(bench, cells, final=True)
+            found = self._result(bench, cells, final=True)
+            return found | {"ceilings": self._ceilings(bench, cells)}
+
+    def _ceilings(self, bench: Sides, cells: Sequence[_CellBlocks]) -> list[dict[str, Any]]:
+        """Return the shares of this machine's peaks that each side's best blocks reached."""
+        found = []
+        for one in cells:
+            for side, variant in enumerate(self.variants):
+                weighed = bench.weighed(side)
+                for target, cost_of in COSTS.items():
+                    seconds = one.blocks.get(f"{target}_s", {side: []})[side]
+                    if not seconds or weighed is None:
+                        continue
+                    cost, threads = cost_of(weighed, one.cell), variant.placement.resolved_threads
+                    held = held_against(cost, min(seconds), variant, threads, target)
+                    found.append(
+                        {
+                            "side": SIDES[side],
+                            "cell": one.cell.model_dump(),
+                            "target": target,
+                            **held,
+                            "flop": cost.flop,
+                            "bytes": cost.moved,
+                        }
+                    )
+        return found
 
     def _sides(self, desk: Desk) -> Sides:
         return Sides(self, desk)
@@ -386,6 +412,13 @@ class Sides:
             }
             for side, variant in enumerate(self._work.variants)
         ]
+
+    def weighed(self, side: int) -> Weighed | None:
+        """Return what decides the cost of a side's step, None where it was never loaded."""
+        if side not in self._facts:
+            return None
+        variant, bytes_read = self._work.variants[side], self._facts[side]["step_bytes"]
+        return Weighed(variant.spec_after, bytes_read, variant.kv_bytes_per_token)
 
     def amounts(self) -> list[dict[str, Any]]:
         """Return what needs no measuring: bytes, of each side against the first."""

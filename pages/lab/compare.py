@@ -246,7 +246,7 @@ def speed(lab: Lab, wanted: Wanted) -> None:
     if st.query_params.get(RESULT) != run_id:
         st.query_params[RESULT] = run_id
     found = lab.snapshot(run_id)
-    if found is None or found.run.kind is not RunKind.COMPARE:
+    if found is None or found.run.kind not in (RunKind.COMPARE, RunKind.REGRESS):
         st.warning(
             f"There is no comparison {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, "
             "or belongs to another database.",
@@ -303,6 +303,13 @@ def comparison(lab: Lab, run_id: str, was_active: bool) -> None:
                 if side["problem"]:
                     errors.show(f"{side['side']}: {side['problem']}")
         return
+    if result.get("baseline"):
+        found_slower = "Slower than the baseline" if result["regressed"] else "No slowdown was found"
+        st.caption(
+            f":material/flag: A is the baseline, run {shown.escaped(result['baseline'])}. "
+            + (f"{found_slower}. " if run.state.final else "")
+            + shown.escaped(result["programs"])
+        )
     verdicts(result, final=run.state.final)
     details(result)
     if run.state.final:

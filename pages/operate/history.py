@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any
 
 import streamlit as st
+from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
 from gptcore.lab import Filter, Format, Found, Lab
 from gptcore.records import Run, RunKind, RunState
-from pages.parts import charts, errors
+from pages.parts import charts, errors, settings
 from pages.parts import format as shown
+from pages.parts.ceilings import ceilings
 from pages.parts.links import COMPARE, PLAYGROUND
 from pages.parts.requests_table import opened_request, provenance_of, two_columns
 from pages.parts.services import lab as shared_lab
@@ -25,9 +27,14 @@ KINDS = (
     RunKind.GENERATE,
     RunKind.BENCH,
     RunKind.COMPARE,
+    RunKind.REGRESS,
     RunKind.EVALUATE,
+    RunKind.TASKS,
+    RunKind.TEXTS,
+    RunKind.FEW_SHOT,
     RunKind.EXPLAIN,
     RunKind.OPTIMIZE,
+    RunKind.PROVE,
     RunKind.TRAIN,
     RunKind.TUNE,
     RunKind.PULL,
@@ -42,6 +49,9 @@ ORDERS = {
     "decode_tokens_per_s": "Decode rate",
     "peak_memory_bytes": "Peak memory",
 }
+HELP_BASELINE = (
+    "Later measurements are held against this run: here, and by python -m gptcore regress."
+)
 QUESTIONS = {
     "Runs of the last week by model": "SELECT model, precision, count(*) AS runs,\n"
     "       round(avg(decode_tokens_per_s), 1) AS tokens_per_s\nFROM runs\n"
@@ -77,6 +87,19 @@ def again(run_id: str) -> None:
         st.session_state["history_said"] = errors.sentence(error)
         return
     st.session_state["history_said_well"] = f"Run {new} was queued; it is linked to {run_id}."
+
+
+def regress(run_id: str, accepted: Sequence[str]) -> None:
+    """Measure the sidebar's variant beside a baseline; the result opens in Compare."""
+    lab, chosen = shared_lab(), settings.current()
+    try:
+        variant = lab.variant(chosen.model, chosen.precision, chosen.device, chosen.threads)
+        work = lab.regression(run_id, variant, tuple(accepted))
+        new = lab.start(work)
+    except (GptcoreError, ValidationError) as error:
+        st.session_state["history_said"] = errors.sentence(error)
+        return
+    st.session_state["history_measuring"] = st.session_state["compare_run"] = new
 
 
 def use_question() -> None:
@@ -128,12 +151,14 @@ def filters(lab: Lab) -> Filter:
         )
         upward = st.toggle("Smallest first", key="history_upward")
         archived = st.toggle("Archived too", key="history_archived")
+        baseline = st.toggle("Baselines", key="history_baseline")
     return Filter(
         search=search.strip(),
         kinds=tuple(kinds),
         states=tuple(states),
         tags=tuple(tags),
         archived=archived,
+        baseline=baseline,
         order=order,
         descending=not upward,
     )
@@ -240,7 +265,7 @@ def table(runs: Sequence[Found]) -> dict[str, list[Any]]:
         return [None if value is None else value * scale for value in values]
 
     return {
-        "Pin": ["●" if one.annotation.pinned else "" for one in runs],
+        "Pin": [_mark(one) for one in runs],
         "Started": [one.created_at for one in runs],
         "Kind": [one.kind for one in runs],
         "State": [charts.STATE_LOOKS[RunState(one.state)][0] for one in runs],
@@ -255,6 +280,10 @@ def table(runs: Sequence[Found]) -> dict[str, list[Any]]:
         "Note": [shown.one_line(one.annotation.note, 80) for one in runs],
         "Run": [one.id for one in runs],
     }
+
+
+def _mark(one: Found) -> str:
+    return ("●" if one.annotation.pinned else "") + ("⚑" if one.annotation.baseline else "")
 
 
 def column_config(zone: str | None) -> Mapping[str, Any]:
@@ -297,7 +326,7 @@ def opened(lab: Lab, run_id: str) -> None:
                     icon=":material/edit_note:",
                     query_params={"run": run.id},
                 )
-            if run.kind is RunKind.COMPARE:
+            if run.kind in (RunKind.COMPARE, RunKind.REGRESS):
                 st.page_link(
                     COMPARE,
                     label="Open the result",
@@ -315,6 +344,8 @@ def opened(lab: Lab, run_id: str) -> None:
         if run.parent_id:
             st.caption(f"Follows run {shown.escaped(run.parent_id)}")
         said_about(lab, run)
+        if lab.annotation(run.id).baseline:
+            held_against(lab, run)
         if run.kind is RunKind.GENERATE:
             opened_request(lab, run, shown.zone_of(st.context.timezone))
         else:
@@ -324,7 +355,7 @@ def opened(lab: Lab, run_id: str) -> None:
 def said_about(lab: Lab, run: Run) -> None:
     """Draw tags, note, pin and archive of a run, to be changed in place."""
     said = lab.annotation(run.id)
-    row = st.columns([3, 4, 1, 1], vertical_alignment="bottom")
+    row = st.columns([3, 4, 1, 1, 1], vertical_alignment="bottom")
     key = f"note_{run.id}"
     row[0].multiselect(
         "Tags",
@@ -346,14 +377,44 @@ def said_about(lab: Lab, run: Run) -> None:
         args=(run.id, "note", f"{key}_note"),
     )
     for column, name, label in zip(
-        row[2:], ("pinned", "archived"), ("Pinned", "Archived"), strict=True
+        row[2:],
+        ("pinned", "archived", "baseline"),
+        ("Pinned", "Archived", "Baseline"),
+        strict=True,
     ):
         column.toggle(
             label,
             getattr(said, name),
+            help=HELP_BASELINE if name == "baseline" else None,
             key=f"{key}_{name}",
             on_change=annotate,
             args=(run.id, name, f"{key}_{name}"),
+        )
+
+
+def held_against(lab: Lab, run: Run) -> None:
+    """Draw what measures the sidebar's variant beside a baseline."""
+    chosen = settings.current()
+    accepted: list[str] = []
+    if differing := lab.differing_from(run, chosen.threads):
+        accepted = st.multiselect(
+            "Measure all the same, although these differ from the baseline's",
+            differing,
+            key=f"accept_{run.id}",
+            placeholder="Name each one",
+        )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.button(
+            "Is it slower now?",
+            icon=":material/rule:",
+            on_click=regress,
+            args=(run.id, accepted),
+            help="Measures the sidebar's variant and the baseline's in turn. The same on a "
+            "terminal, with an exit status: python -m gptcore regress",
+        )
+        st.caption(
+            f"{shown.escaped(chosen.model)} {chosen.precision} on {chosen.device} against this "
+            "baseline, both measured again in turn"
         )
 
 
@@ -508,14 +569,22 @@ def questions(lab: Lab) -> None:
 def draw() -> None:
     """Draw the page."""
     lab = shared_lab()
+    if new := st.session_state.pop("history_measuring", None):
+        st.switch_page(COMPARE, query_params={"result": new})
     st.title("History")
     if problem := st.session_state.pop("history_said", None):
         errors.show(problem)
     if well := st.session_state.pop("history_said_well", None):
         st.success(shown.escaped(well), icon=":material/check_circle:")
-    runs, asked = st.tabs(["Runs", "SQL"])
-    with asked:
-        st.fragment(errors.guarded(questions))(lab)
+    runs, under, asked = st.tabs(["Runs", "Ceilings", "SQL"], key="history_tab", on_change="rerun")
+    if asked.open:
+        with asked:
+            st.fragment(errors.guarded(questions))(lab)
+    if under.open:
+        with under:
+            ceilings(lab)
+    if not runs.open:
+        return
     with runs:
         chosen = listed(lab)
         linked = st.query_params.get("id")

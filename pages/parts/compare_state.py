@@ -127,10 +127,11 @@ def _from_result() -> Wanted | None:
     """Return what was asked of the comparison that a link shows."""
     run_id = st.query_params.get(RESULT, "")[: settings.ID_CHARS]
     found = shared_lab().snapshot(run_id) if run_id else None
-    if found is None or found.run.kind is not RunKind.COMPARE:
+    if found is None or found.run.kind not in (RunKind.COMPARE, RunKind.REGRESS):
         return None
     try:
-        work = Compare.model_validate(found.run.settings)
+        asked = {name: found.run.settings[name] for name in Compare.model_fields}
+        work = Compare.model_validate(asked)
         return Wanted(
             sides=tuple(
                 Side.model_validate({"model": one.model, "precision": one.precision})
@@ -144,7 +145,7 @@ def _from_result() -> Wanted | None:
             max_pairs=work.stop.max_pairs,
             half_width=work.stop.half_width,
         )
-    except ValidationError:  # of another version, or with more than this page offers
+    except (KeyError, ValidationError):  # of another version, or with more than this page offers
         return None
 
 

@@ -13,7 +13,7 @@ import torch
 from gptcore.engine import decode, prefill
 from gptcore.errors import Cancelled, ContextOverflow
 from gptcore.measure import bench as module
-from gptcore.measure.bench import Bench, decode_cost, held_against, prefill_cost
+from gptcore.measure.bench import Bench, Weighed, decode_cost, held_against, prefill_cost
 from gptcore.measure.peaks import PeakBandwidth, PeakFlops
 from gptcore.measure.timing import Cell, once, prompt_ids, read_all, request_s, write_next
 from gptcore.model import GPT
@@ -212,15 +212,15 @@ def test_the_operations_are_those_that_torch_counts(spec: object) -> None:
     loaded = FakeDesk().load(variant(spec=spec))  # type: ignore[arg-type]
     cell = Cell(prompt_tokens=8, new_tokens=5, batch=2)
     read, written = counted_flop(loaded.engine.model, cell)
-    assert decode_cost(loaded, cell).flop == written
+    assert decode_cost(Weighed.of(loaded), cell).flop == written
     upper_half = 4 * loaded.variant.spec.layers * loaded.variant.spec.q_width * (8 * 7 / 2) * 2
-    assert prefill_cost(loaded, cell).flop + upper_half == read
+    assert prefill_cost(Weighed.of(loaded), cell).flop + upper_half == read
 
 
 def test_a_batch_reads_the_weights_once_a_step_and_every_cache() -> None:
     loaded = FakeDesk().load(variant())
-    one = decode_cost(loaded, Cell(prompt_tokens=8, new_tokens=5))
-    four = decode_cost(loaded, Cell(prompt_tokens=8, new_tokens=5, batch=4))
+    one = decode_cost(Weighed.of(loaded), Cell(prompt_tokens=8, new_tokens=5))
+    four = decode_cost(Weighed.of(loaded), Cell(prompt_tokens=8, new_tokens=5, batch=4))
     weights = 4 * loaded.step_bytes
     assert (four.moved - weights) == 4 * (one.moved - weights) > 0
     assert four.flop == 4 * one.flop
@@ -231,7 +231,7 @@ def test_a_rate_above_its_measured_ceiling_is_said_to_be_wrong(
     reached: float, flagged: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = FakeDesk().load(variant())
-    cost = decode_cost(loaded, CELLS[0])
+    cost = decode_cost(Weighed.of(loaded), CELLS[0])
     asked = []
 
     def bandwidth(device: str, size: int, threads: int, *, at_least: float) -> PeakBandwidth:

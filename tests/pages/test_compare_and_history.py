@@ -230,8 +230,53 @@ def test_a_comparison_is_done_again_from_its_settings(lab: Lab) -> None:
     assert lab.snapshot(newest.id).run.result["complete"]
 
 
+def test_a_baseline_is_marked_and_held_against(lab: Lab) -> None:
+    work = Compare(
+        variants=(lab.variant("tiny", threads=1),) * 2,
+        cells=(Cell(prompt_tokens=8, new_tokens=4),),
+        stop=StopRule(max_pairs=6, min_pairs=6),
+        block_s=0.0,
+    )
+    run_id = lab.compare(work)
+    lab.wait(run_id, 60)
+    test = page("operate/history.py", id=run_id)
+    (marked,) = (one for one in test.toggle if one.label == "Baseline")
+    marked.set_value(True).run()
+    assert lab.baselines() == (run_id,)
+    assert any("Is it slower now?" in one.label for one in test.button)
+    new = lab.start(lab.regression(run_id, lab.variant("tiny", "bf16", threads=1)))
+    found = lab.wait(new, 60).run
+    assert found.result["baseline"] == run_id
+    assert isinstance(found.result["regressed"], bool)
+    shown = page("lab/compare.py", result=new, threads="1")
+    assert any(f"A is the baseline, run {run_id}" in one.value for one in shown.caption)
+
+
+def test_every_run_stands_under_the_machines_ceilings(lab: Lab) -> None:
+    test = page("operate/history.py")
+    test.session_state["history_tab"] = "Ceilings"
+    test.run()
+    assert any("No run says yet" in one.value for one in test.caption)
+    work = Compare(
+        variants=(lab.variant("tiny", threads=1),) * 2,
+        cells=(Cell(prompt_tokens=8, new_tokens=4),),
+        stop=StopRule(max_pairs=6, min_pairs=6),
+        block_s=0.0,
+    )
+    run_id = lab.compare(work)
+    lab.wait(run_id, 60)
+    test.run()
+    assert not test.exception
+    (frame,) = test.dataframe
+    assert set(frame.value["Run"]) == {run_id}
+    assert len(frame.value) == 4  # two sides, prefill and decode
+    assert all(frame.value["MBU"] > 0)
+
+
 def test_a_question_is_asked_and_a_change_is_refused(lab: Lab) -> None:
     test = page("operate/history.py")
+    test.session_state["history_tab"] = "SQL"
+    test.run()
     (field,) = (one for one in test.text_area if one.label.startswith("SELECT"))
     field.input("SELECT 6 * 7 AS answer")
     clicked(test, "Ask")
