@@ -46,7 +46,9 @@ class Program(Protocol):
 class Ours(Program):
     """The engine of this repository."""
 
-    def __init__(self, model: str, precision: str, threads: int) -> None:
+    def __init__(
+        self, model: str, precision: str, threads: int, recipe: list[dict[str, Any]] | None = None
+    ) -> None:
         sys.path.insert(0, str(ROOT))
         from gptcore.device import limit_spinning
 
@@ -64,17 +66,17 @@ class Ours(Program):
         from gptcore.weights import build, build_random
 
         torch.set_num_threads(threads)
-        placement, recipe = place(precision, "cpu", threads, Recipe())
+        placement, passes = place(precision, "cpu", threads, Recipe(passes=recipe or ()))
         if model.startswith("random:"):
             spec = PRESETS[model.removeprefix("random:")]
             made = build_random(spec, placement)
         else:
             checkpoint = Catalogue(models_dir()).checkpoint(model)
             spec, made = checkpoint.spec, build(checkpoint, placement)
-        for one in recipe.passes:
+        for one in passes.passes:
             made = one.apply(made, PassContext(placement=placement))
         self.engine = Engine(made, byte_tokenizer(spec.vocabulary))
-        self.name = f"gptcore {__version__}, {precision}"
+        self.name = f"gptcore {__version__}, {precision}" + (f", {passes}" if recipe else "")
         self._cache = self.engine.model.new_cache(1)
 
     @override

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptcore.constraint import Guide
 from gptcore.errors import Cancelled, ContextOverflow, InvalidInput, NumericalError
-from gptcore.kernels.step import adopt, step_of
+from gptcore.kernels.step import NativeStep, adopt, step_of
 from gptcore.model import GPT, KVCache
 from gptcore.records import Alternative, FinishReason, Request, Token
 from gptcore.sampling import Floats, Stage, draw, likeliest, stages, uniform
@@ -74,7 +74,7 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, clock: Clock = time.monotonic) -> None:
         step = adopt(model)
-        self.decoder = f"torch: {step}" if isinstance(step, str) else step.name
+        self.decoder = step.name if isinstance(step, NativeStep) else f"torch: {step}"
         self.model = model
         self.tokenizer = tokenizer
         self.clock = clock
@@ -110,6 +110,13 @@ class Engine:
             InvalidInput: a forced id is not in the vocabulary, or the constraint cannot be used.
         """
         return Generation(self, request, self.clock() if sent_at is None else sent_at, cancelled)
+
+    def decoder_of(self, cache: KVCache) -> str:
+        """Return what computes a decode step with this cache."""
+        step = step_of(self.model)
+        if step is None or step.takes(cache):
+            return self.decoder
+        return f"torch: {step.name} does not read a {type(cache).__name__} or a changed model."
 
     def next_logits(
         self, ids: Sequence[int], *, cancelled: Callable[[], bool] = lambda: False
@@ -184,6 +191,7 @@ class Generation:
         new_tokens: tokens generated so far; forced ones, and the end of text, are none.
         guide: holds the text to the request's constraint; None where there is none.
         prefill_s: seconds of the prefill, None before it is done.
+        decoder: what computes the decode steps, and if that is torch on a CPU, why.
     """
 
     def __init__(
@@ -197,6 +205,7 @@ class Generation:
         self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.prefill_s: float | None = None
+        self.decoder = engine.decoder
         self.first_s: float | None = None
         """Seconds from sending to the first text that was not forced."""
         self.last_s: float | None = None
@@ -211,6 +220,11 @@ class Generation:
         for id in request.forced_ids:
             if not 0 <= id < vocabulary:
                 raise InvalidInput(f"Token id {id} is not in the vocabulary of {vocabulary:,}.")
+
+    @property
+    def how(self) -> dict[str, str]:
+        """What a run keeps of how its text was computed, as JSON-able values."""
+        return {"decoder": self.decoder}
 
     def __iter__(self) -> Iterator[Token]:
         """Yield tokens until the limit, a stop string, the end of text, or a cancellation.
@@ -243,6 +257,7 @@ class Generation:
             model.spec.context - len(self.prompt_ids) - len(request.forced_ids),
         )
         cache = model.new_cache(len(self.prompt_ids) + len(request.forced_ids) + limit)
+        self.decoder = self.engine.decoder_of(cache)
         started = clock()
         raw = as_numpy(read(model, self.prompt_ids, cache, self._cancelled))
         reading_s = clock() - started

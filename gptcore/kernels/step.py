@@ -27,7 +27,7 @@ from gptcore.kernels.library import (
     library,
     unavailable,
 )
-from gptcore.kernels.linear import DTYPES, TAKEN, NativeEmbedding, NativeLinear, take_over
+from gptcore.kernels.linear import DTYPES, NativeEmbedding, NativeLinear, take_over
 from gptcore.model import GPT, Block, KVCache, rotary_tables
 
 
@@ -221,14 +221,11 @@ def adopt(model: GPT) -> NativeStep | str:
     """Return the model's native step, or in a sentence why torch decodes.
 
     What a pass quantized is moved into the step's format, a layer at a time, with the same
-    numbers. A model that is all fp32 is left to torch, as the reference for everything else.
+    numbers.
     """
     _STEPS.pop(model, None)
-    if next(model.norm.parameters()).device.type != "cpu":
-        return "the native step is for CPUs."
-    quantized = any(isinstance(one, (*TAKEN, NativeLinear)) for one in model.modules())
-    if not quantized and _dtype(model) == torch.float32:
-        return "fp32 is the reference, which torch computes."
+    if (device := next(model.norm.parameters()).device.type) != "cpu":
+        return f"the native step is for CPUs, not for {device}."
     if reason := unavailable():
         return reason
     take_over(model)

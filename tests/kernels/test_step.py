@@ -159,11 +159,6 @@ def test_several_sequences_are_left_to_torch() -> None:
     assert not NativeStep(model).takes(model.new_cache(4, batch=2))
 
 
-def test_fp32_is_left_to_torch_and_the_reason_told() -> None:
-    assert "reference" in str(adopt(random_model(SPECS["llama"])))
-    assert isinstance(adopt(native(random_model(SPECS["llama"]), torch.bfloat16)), NativeStep)
-
-
 def test_a_layer_of_another_kind_is_left_to_torch_and_named() -> None:
     class Odd(torch.nn.Linear):
         pass
