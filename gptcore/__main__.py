@@ -202,6 +202,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         "text": run.text,
         "token_ids": [token.id for token in tokens],
         **dataclasses.asdict(run.numbers),
+        **(run.result or {}),
         "model": variant.model,
         "precision": variant.precision,
         "device": options.device,

@@ -102,9 +102,10 @@ class Worker:
         tokens: list[Token] = []
         started_at = now()
         cost: Callable[[], Numbers | None] = _unknown
+        how: Mapping[str, Any] | None = None
 
         def write() -> RunState:
-            nonlocal cost
+            nonlocal cost, how
             with self._lock("generate", watcher):
                 queue_s = self._clock() - sent_at
                 with PeakMemory(self.device) as memory:
@@ -118,7 +119,10 @@ class Worker:
                     cost = partial(
                         self._numbers, loaded, generation, queue_s, load_s, memory, sent_at
                     )
-                    self._write(generation, tokens, watcher, cost)
+                    try:
+                        self._write(generation, tokens, watcher, cost)
+                    finally:
+                        how = generation.how
                 if generation.finish_reason is FinishReason.CANCELLED:
                     return RunState.CANCELLED
                 self._learn_peak(loaded, generation)
@@ -126,7 +130,7 @@ class Worker:
 
         state, problem = self._outcome(variant, write)
         finished = self._ended(run, started_at, tokens, state, problem)
-        return replace(finished, numbers=cost()), tuple(tokens)
+        return replace(finished, numbers=cost(), result=how), tuple(tokens)
 
     def perform(self, run: Run, work: Work, watcher: Watcher) -> Run:
         """Do a piece of work, and return the finished run with its result.
@@ -266,12 +270,13 @@ class Worker:
                 model = one.apply(model, context)
                 seconds[one.name] = seconds.get(one.name, 0.0) + self._clock() - began
         model.eval()
+        assert context.tokenizer is not None
+        engine = Engine(model, context.tokenizer, clock=self._clock)
         trim_heap()
         resident_bytes, step_bytes = weight_bytes(model)
-        assert context.tokenizer is not None
         return Loaded(
             variant=variant,
-            engine=Engine(model, context.tokenizer, clock=self._clock),
+            engine=engine,
             resident_bytes=resident_bytes,
             step_bytes=step_bytes,
             coverage=context.coverage,
