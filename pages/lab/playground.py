@@ -297,6 +297,8 @@ def costs(lab: Lab, run_id: str | None) -> None:
     if run.numbers:
         words += f" · {costs_in_words(run.numbers)}"
     st.caption(f":{color}-badge[{icon} {name}] {shown.escaped(words)}")
+    if decoder := (run.result or {}).get("decoder"):
+        st.caption(f"Decoded by {shown.escaped(decoder)}")
 
 
 def prompt_field(found: Snapshot | None) -> None:
