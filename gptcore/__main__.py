@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import ModelEntry
-from gptcore.cli import corpus, evaluate, measuring, regress, runs, train
+from gptcore.cli import corpus, evaluate, measuring, optimizing, regress, runs, train
 from gptcore.cli.terminal import (
     REFUSED,
     Unread,
@@ -363,6 +363,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "regress", regress.regress, "measure beside a baseline: is it slower now"
     )
     regress.add_arguments(regressed)
+
+    made = _command(commands, "optimize", optimizing.optimize, "make a variant by a recipe")
+    optimizing.add_optimize_arguments(made)
+    proven = _command(
+        commands, "prove", optimizing.prove, "hold a variant against its baseline on every axis"
+    )
+    optimizing.add_prove_arguments(proven)
 
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(
         required=True, metavar="WHAT"

@@ -308,6 +308,7 @@ class RunKind(StrEnum):
     COMPARE = "compare"
     REGRESS = "regress"
     OPTIMIZE = "optimize"
+    PROVE = "prove"
     TRAIN = "train"
     TUNE = "tune"
     EXPLAIN = "explain"

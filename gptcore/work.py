@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -38,6 +39,10 @@ class Loaded:
     """Seconds that each pass took."""
     passes_peak_bytes: int | None = None
     """The most memory that this process had while passes ran."""
+    source: Path | None = None
+    """The folder that the weights came from, with the tokenizer's files; None for random ones."""
+    source_precision: str = "random"
+    """In which the weights were before any pass, where they come from."""
 
 
 class Desk(Protocol):

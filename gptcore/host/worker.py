@@ -41,6 +41,7 @@ from gptcore.work import Loaded, Work
 
 if TYPE_CHECKING:
     from gptcore.engine import Generation
+    from gptcore.weights import Checkpoint
     from gptcore.model import GPT
 
 MAX_LOADED = 4
@@ -257,7 +258,7 @@ class Worker:
     def _built(self, variant: Variant, watcher: Watcher) -> Loaded:
         from gptcore.engine import Engine
 
-        model, context, done = self._begun(variant, watcher)
+        model, context, done, source = self._begun(variant, watcher)
         if blocked := variant.blocked_by:
             raise InvalidInput(blocked)
         seconds: dict[str, float] = {}
@@ -283,9 +284,13 @@ class Worker:
             load_s=0.0,
             passes_s=seconds,
             passes_peak_bytes=memory.peak_bytes or None,
+            source=source.directory if source else None,
+            source_precision=source.source_precision if source else "random",
         )
 
-    def _begun(self, variant: Variant, watcher: Watcher) -> tuple[GPT, PassContext, int]:
+    def _begun(
+        self, variant: Variant, watcher: Watcher
+    ) -> tuple[GPT, PassContext, int, Checkpoint | None]:
         """Return the model to apply the recipe to, and how many of its passes that has behind it.
 
         Passes of the runtime are never behind it: a finished variant keeps them as recipe.
@@ -306,13 +311,14 @@ class Worker:
                 context.coverage |= made.coverage
                 context.tokenizer = artifact.tokenizer_of(made)
                 done = len(made.variant.weights_only.recipe.passes)
-                return artifact.load(made, progress), context, done
+                origin = self._catalogue.checkpoint(variant.model)
+                return artifact.load(made, progress), context, done, origin
             model_name = made.variant.model
         if variant.weights_id.startswith("random:"):
             seed = int(variant.weights_id.removeprefix("random:"))
             model = weights.build_random(variant.spec, placement, seed, progress)
             context.tokenizer = byte_tokenizer(variant.spec.vocabulary)
-            return model, context, 0
+            return model, context, 0, None
         checkpoint = self._catalogue.checkpoint(model_name, progress)
         if checkpoint.weights_id != variant.weights_id:
             raise InvalidWeights(
@@ -320,7 +326,7 @@ class Worker:
                 "choose the model again."
             )
         context.tokenizer = self._catalogue.tokenizer(model_name)
-        return weights.build(checkpoint, placement, progress), context, 0
+        return weights.build(checkpoint, placement, progress), context, 0, checkpoint
 
     def _has_random(self, variant: Variant) -> bool:
         """Whether the weights are made up, and the model's name is that of a shape."""

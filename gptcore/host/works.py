@@ -15,12 +15,26 @@ from gptcore.measure.compare import Compare
 from gptcore.measure.evaluate import Evaluate
 from gptcore.measure.few_shot import FewShot
 from gptcore.measure.works_quality import Tasks, Texts
+from gptcore.optimize.make import Optimize
+from gptcore.optimize.proof import Prove
 from gptcore.records import RunKind
 from gptcore.sentences import sentence
 from gptcore.work import Work
 
 WORKS: Mapping[RunKind, type[Work]] = {
-    one.kind: one for one in (Bench, Compare, Evaluate, Explain, FewShot, Regress, Tasks, Texts)
+    one.kind: one
+    for one in (
+        Bench,
+        Compare,
+        Evaluate,
+        Explain,
+        FewShot,
+        Optimize,
+        Prove,
+        Regress,
+        Tasks,
+        Texts,
+    )
 }
 
 
