@@ -17,9 +17,10 @@ from pathlib import Path
 from gptcore.errors import GptcoreError
 from gptcore.host.lock import device_lock
 from gptcore.paths import ROOT, cache_dir
+from gptcore.spec import ModelSpec
 
 MEASURE_TIMEOUT_S = 300.0
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,20 @@ class Rates:
     attention_flop_per_s: float
     attention_bytes_per_s: float
     block_s: float
-    """Seconds a block takes beside its arithmetic: one too small to have any."""
+    """Seconds a block takes beside its arithmetic: one of GPT's kind, too small to have any."""
+    together_block_s: float | None = None
+    """The same where several positions go through at once; None: as for one."""
+    rotary_block_s: float | None = None
+    rotary_together_block_s: float | None = None
+    """As the two above, of Llama's kind, which has more operations; None: as GPT's."""
+
+    def overhead_s(self, spec: ModelSpec, positions: int) -> float:
+        """Return what a block of that model takes beside its arithmetic."""
+        alone, together = self.block_s, self.together_block_s
+        if spec.position == "rotary":
+            alone = self.rotary_block_s or alone
+            together = self.rotary_together_block_s or together
+        return alone if positions == 1 or together is None else together
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Literal
 
 from gptcore.passes.quantize import int4_bytes, int8_bytes
 from gptcore.plan.cards import Card
 from gptcore.plan.memory import ACTIVATION_BYTES, CPU_BYTES, INT4_GROUP, PREFILL_TOKENS
 from gptcore.plan.peaks import MachinePeaks, Rates
-from gptcore.records import Run
+from gptcore.records import Run, RunKind
 from gptcore.spec import BYTES, ModelSpec
 
 KERNELS_PER_BLOCK = 14
@@ -32,6 +33,13 @@ BAND = (0.1, 0.9)
 """The band holds so much of the ratios that leaving one out gives."""
 LEAST_SETUPS = 4
 """Fewer set-ups say nothing about an error."""
+LEAST_TOKENS = 8
+LEAST_PROMPT = 16
+"""Shorter answers and prompts are mostly what is around them."""
+PIECE_PARAMETERS, LEAST_PIECE = 3 * 10**10, 32
+"""A CPU reads a prompt in pieces of so many tokens × parameters, so that it can be stopped."""
+MOST_PIECES = 400
+"""Of a very long prompt so many tell the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +194,9 @@ def step(
     if tensor > 1:
         sent = 2 * (tensor - 1) / tensor * rows * d * size
         talk = 2 * L * (LINK_S + sent / LINK_BYTES_PER_S)
-    overhead = L * rates.block_s + batch * spec.vocabulary * device.sampling_s_per_id + talk
+    overhead = (
+        L * rates.overhead_s(spec, rows) + batch * spec.vocabulary * device.sampling_s_per_id + talk
+    )
     return Step(tuple(found), overhead)
 
 
@@ -202,24 +212,27 @@ def layer_bytes(rows: int, columns: int, bias: bool, precision: str, size: int) 
 def prefill(
     spec: ModelSpec, precision: str, device: Device, tokens: int, batch: int = 1, tensor: int = 1
 ) -> float:
-    """Return the seconds of reading a prompt, in pieces as this program does."""
+    """Return the seconds of reading prompts, in pieces as this program does."""
+    size = piece_tokens(spec, batch) if device.on_cpu else PREFILL_TOKENS
+    size = max(size, -(-tokens // MOST_PIECES))
     return sum(
         step(
             spec,
             precision,
             device,
-            tokens=min(PREFILL_TOKENS, tokens - begin),
+            tokens=min(size, tokens - begin),
             known=begin,
             batch=batch,
             tensor=tensor,
         ).seconds
-        for begin in _pieces(tokens)
+        for begin in range(0, tokens, size)
     )
 
 
-def _pieces(tokens: int) -> Iterable[int]:
-    """Return where pieces begin; a very long prompt in a few hundred of them at most."""
-    return range(0, tokens, PREFILL_TOKENS)
+def piece_tokens(spec: ModelSpec, batch: int = 1) -> int:
+    """Return how many positions of each text a CPU reads at once; as the engine does."""
+    most = max(LEAST_PIECE, min(PREFILL_TOKENS, PIECE_PARAMETERS // spec.parameters))
+    return max(1, most // batch)
 
 
 def decode(
@@ -230,23 +243,40 @@ def decode(
 
 
 @dataclass(frozen=True, slots=True)
+class Observed:
+    """What one run says of one kind of step."""
+
+    what: Literal["decode", "prefill"]
+    tokens: int
+    """Positions in the cache in the middle of the answers, or of the prompt."""
+    batch: int
+    seconds: float
+    """Of a token of each text, or of all prompts."""
+    drawn: bool
+    """Whether tokens were drawn with all samplers, or the likeliest was taken."""
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """What was measured on this machine in one way, and what the roofline says of it."""
 
     model: str
     precision: str
     threads: int
-    known: int
-    """Positions in the cache in the middle of the answers."""
+    what: str
+    """``decode`` or ``prefill``."""
+    tokens: int
+    """See ``Observed``."""
+    batch: int
     runs: int
-    measured_tpot_s: float
-    """Median over the runs."""
-    predicted_tpot_s: float
+    measured_s: float
+    """Median over the runs: of a token of each text, or of all prompts."""
+    predicted_s: float
 
     @property
     def residual(self) -> float:
         """Measured ÷ predicted − 1: above 0 it was slower than predicted."""
-        return self.measured_tpot_s / self.predicted_tpot_s - 1
+        return self.measured_s / self.predicted_s - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,57 +291,104 @@ class Accuracy:
     corrected_error: float | None
     """The same where each set-up is corrected by what all *others* say."""
     factors: Mapping[str, float]
-    """By precision: what a prediction is multiplied with."""
+    """By precision: what a prediction of a decode step is multiplied with."""
     low: float
     """Measured ÷ corrected prediction at the low end of the band; 1 where nothing is known."""
     high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a run was made with, as far as it is known."""
+
+    threads: int | None = None
+    passes: tuple[str, ...] = ()
+    """Names of the passes of its recipe."""
+    machine: str | None = None
+    """Name of the CPU or GPU; an imported run has another machine's."""
+
+
+def observed(run: Run) -> tuple[Observed, ...]:
+    """Return what a generation or a bench says of decode and prefill; nothing where too short."""
+    found = []
+    if run.kind is RunKind.GENERATE and (numbers := run.numbers) is not None:
+        if numbers.tpot_s and numbers.new_tokens >= LEAST_TOKENS:
+            known = numbers.prompt_tokens + numbers.new_tokens // 2
+            found.append(Observed("decode", known, 1, numbers.tpot_s, drawn=True))
+        if numbers.prefill_tokens_per_s and numbers.prompt_tokens >= LEAST_PROMPT:
+            seconds = numbers.prompt_tokens / numbers.prefill_tokens_per_s
+            found.append(Observed("prefill", numbers.prompt_tokens, 1, seconds, drawn=False))
+    for one in (run.result or {}).get("measurements", ()) if run.kind is RunKind.BENCH else ():
+        prompt, new, batch = (one.get(name, 0) for name in ("prompt_tokens", "new_tokens", "batch"))
+        if one["name"] == "decode_s" and new >= LEAST_TOKENS:
+            seconds = one["median"] / (new - 1)
+            found.append(Observed("decode", prompt + new // 2, batch, seconds, drawn=False))
+        if one["name"] == "prefill_s" and prompt >= LEAST_PROMPT:
+            found.append(Observed("prefill", prompt, batch, one["median"], drawn=False))
+    return tuple(found)
+
+
+def predicted_s(spec: ModelSpec, precision: str, device: Device, one: Observed) -> float:
+    """Return the seconds that the roofline says of what was observed."""
+    if not one.drawn:
+        device = replace(device, sampling_s_per_id=0.0)
+    if one.what == "prefill":
+        return prefill(spec, precision, device, one.tokens, one.batch)
+    return decode(spec, precision, device, one.tokens, one.batch).seconds
 
 
 def compare(
     runs: Sequence[Run],
     specs: Mapping[str, ModelSpec],
     peaks: MachinePeaks | None,
-    threads: Callable[[Run], int | None] = lambda run: None,
+    made: Callable[[Run], Made] = lambda run: Made(),
 ) -> Accuracy:
     """Return every set-up in ``runs`` beside its prediction.
 
-    Runs of a model, precision and thread count whose texts are about as long (to a power of two)
-    are one set-up; the median of their TPOT counts.
+    Runs of a model, precision, thread count and batch whose texts are about as long (to a power of
+    two) are one set-up; the median of their times counts.
 
     Args:
-        runs: finished generations.
+        runs: finished generations and benches.
         specs: shapes by model name.
         peaks: this machine's, None where they were not measured.
-        threads: tells how many a run used; None where that is not known.
+        made: tells what a run was made with.
     """
-    grouped: dict[tuple[str, str, int, int], list[tuple[int, float]]] = defaultdict(list)
+    grouped: dict[tuple[object, ...], list[Observed]] = defaultdict(list)
     left: dict[str, int] = defaultdict(int)
     for run in runs:
-        numbers = run.numbers
-        if numbers is None or not numbers.tpot_s or numbers.new_tokens < 8:
-            left["fewer than 8 new tokens"] += 1
+        seen = observed(run)
+        if not seen:
+            left[f"fewer than {LEAST_TOKENS} new tokens"] += 1
         elif run.model not in specs:
             left["a model that is not there any more"] += 1
         elif peaks is None:
             left["this machine's peaks are not measured"] += 1
         elif run.device != peaks.device or run.precision not in peaks.rates:
             left["another device or precision than was measured"] += 1
-        elif (used := threads(run)) not in (None, peaks.threads):
+        elif (used := made(run)).threads not in (None, peaks.threads):
             left["another number of threads than the peaks'"] += 1
+        elif used.machine not in (None, peaks.device_name):
+            left["another machine"] += 1
+        elif set(used.passes) - {run.precision}:
+            left["passes that the roofline does not know"] += 1
         else:
-            known = numbers.prompt_tokens + numbers.new_tokens // 2
-            key = (run.model, run.precision, used or peaks.threads, round(math.log2(known)))
-            grouped[key].append((known, numbers.tpot_s))
+            for one in seen:
+                alike = (one.what, one.batch, one.drawn, round(math.log2(one.tokens)))
+                grouped[(run.model, run.precision, *alike)].append(one)
     setups = []
-    for (model, precision, used, _), found in sorted(grouped.items()):
+    for key, found in sorted(grouped.items(), key=lambda pair: tuple(map(str, pair[0]))):
         assert peaks is not None
+        model, precision = str(key[0]), str(key[1])
         device = machine_device(peaks, precision)
         assert device is not None
-        known = round(median(one for one, _ in found))
-        predicted = decode(specs[model], precision, device, known).seconds
+        middle = replace(found[0], tokens=round(median(one.tokens for one in found)))
+        measured = median(one.seconds / one.tokens for one in found) * middle.tokens
+        if middle.what == "decode":  # whose time hardly depends on the text's length
+            measured = median(one.seconds for one in found)
         setups.append(
-            Setup(model, precision, used, known, len(found),
-                  median(one for _, one in found), predicted)
+            Setup(model, precision, peaks.threads, middle.what, middle.tokens, middle.batch,
+                  len(found), measured, predicted_s(specs[model], precision, device, middle))
         )  # fmt: skip
     return accuracy(tuple(setups), dict(left))
 
@@ -321,14 +398,14 @@ def accuracy(setups: tuple[Setup, ...], left_out: Mapping[str, int]) -> Accuracy
     if not setups:
         return Accuracy((), left_out, None, None, {}, 1.0, 1.0)
     plain = median(abs(one.residual) for one in setups)
-    precisions = {one.precision for one in setups}
-    factors = {name: _factor(setups, name) for name in precisions}
+    decodes = [one for one in setups if one.what == "decode"]
+    factors = {one.precision: _factor(setups, one) for one in decodes}
     if len(setups) < LEAST_SETUPS:
         return Accuracy(setups, left_out, plain, None, factors, 1.0, 1.0)
     ratios = []
     for index, one in enumerate(setups):
         others = setups[:index] + setups[index + 1 :]
-        ratios.append(one.measured_tpot_s / (one.predicted_tpot_s * _factor(others, one.precision)))
+        ratios.append(one.measured_s / (one.predicted_s * _factor(others, one)))
     ratios.sort()
     return Accuracy(
         setups,
@@ -341,10 +418,13 @@ def accuracy(setups: tuple[Setup, ...], left_out: Mapping[str, int]) -> Accuracy
     )
 
 
-def _factor(setups: Sequence[Setup], precision: str) -> float:
-    """Return what set-ups say a prediction must be multiplied with: their own precision's first."""
-    own = [one.residual + 1 for one in setups if one.precision == precision]
-    return median(own if len(own) > 1 else [one.residual + 1 for one in setups])
+def _factor(setups: Sequence[Setup], like: Setup) -> float:
+    """Return what set-ups say a prediction must be multiplied with: those most like it first."""
+    alike = [one for one in setups if one.what == like.what]
+    own = [one.residual + 1 for one in alike if one.precision == like.precision]
+    if len(own) > 1:
+        return median(own)
+    return median([one.residual + 1 for one in alike or setups])
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

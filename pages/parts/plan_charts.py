@@ -432,29 +432,42 @@ def step_times(prefill: Step, decode: Step) -> go.Figure:
 
 
 def against_measured(found: Accuracy) -> go.Figure:
-    """Return the time a token really took over the time predicted; on the line they are equal."""
+    """Return the time a step really took over the time predicted; on the line they are equal."""
     figure = _figure(340)
     precisions = sorted({one.precision for one in found.setups})
-    times = [t for one in found.setups for t in (one.predicted_tpot_s, one.measured_tpot_s)]
+    times = [t for one in found.setups for t in (one.predicted_s, one.measured_s)]
     ends = [1000 * min(times) / 1.6, 1000 * max(times) * 1.6]
     figure.add_scatter(
         x=ends, y=ends, mode="lines", name="equal", line={"width": 1, "dash": "dot", "color": GREY},
         hoverinfo="skip",
     )  # fmt: skip
     for color, precision in zip(colors(), precisions, strict=False):
-        own = [one for one in found.setups if one.precision == precision]
-        figure.add_scatter(
-            x=[1000 * one.predicted_tpot_s for one in own],
-            y=[1000 * one.measured_tpot_s for one in own],
-            mode="markers",
-            name=precision,
-            marker={"size": 10, "color": color, "line": {"width": 1, "color": surface()}},
-            customdata=[[one.model, f"{100 * one.residual:+.0f} %"] for one in own],
-            hovertemplate="%{customdata[0]}: %{x:.3~g} ms predicted, %{y:.3~g} ms measured, "
-            "%{customdata[1]}<extra></extra>",
-        )
-    figure.update_xaxes(title_text="predicted, ms a token", type="log", dtick=1)
-    figure.update_yaxes(title_text="measured, ms a token", type="log", dtick=1)
+        for what, symbol in (("decode", "circle"), ("prefill", "diamond-open")):
+            own = [one for one in found.setups
+                   if (one.precision, one.what) == (precision, what)]  # fmt: skip
+            if not own:
+                continue
+            figure.add_scatter(
+                x=[1000 * one.predicted_s for one in own],
+                y=[1000 * one.measured_s for one in own],
+                mode="markers",
+                name=f"{precision} {what}",
+                marker={
+                    "size": 9,
+                    "symbol": symbol,
+                    "color": color,
+                    "line": {"width": 1 if symbol == "circle" else 2,
+                             "color": surface() if symbol == "circle" else color},
+                },
+                customdata=[
+                    [one.model, f"{one.tokens:,} × {one.batch:,}", f"{100 * one.residual:+.0f} %"]
+                    for one in own
+                ],
+                hovertemplate=f"%{{customdata[0]}} {precision}, {what} %{{customdata[1]}}<br>"
+                "%{x:.3~g} ms predicted, %{y:.3~g} ms measured, %{customdata[2]}<extra></extra>",
+            )  # fmt: skip
+    figure.update_xaxes(title_text="predicted, ms", type="log", dtick=1)
+    figure.update_yaxes(title_text="measured, ms", type="log", dtick=1)
     return figure
 
 

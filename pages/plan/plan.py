@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -473,16 +474,12 @@ def machine() -> None:
                     peaks = measure_peaks(wait=False)
                 except GptcoreError as error:
                     errors.show(error)
-    runs = lab.runs(kind=RunKind.GENERATE, state=RunState.DONE, limit=COMPARED_RUNS)
-    variants: dict[str | None, int | None] = {}
-
-    def threads(run: Run) -> int | None:
-        if run.variant_hash not in variants:
-            made = lab.run_provenance(run)
-            variants[run.variant_hash] = made.threads if made else None
-        return variants[run.variant_hash]
-
-    found = speed.compare(runs, known, peaks, threads)
+    runs = [
+        run
+        for kind in (RunKind.GENERATE, RunKind.BENCH)
+        for run in lab.runs(kind=kind, state=RunState.DONE, limit=COMPARED_RUNS)
+    ]
+    found = speed.compare(runs, known, peaks, made_with())
     if peaks is not None:
         st.caption(
             f"{shown.escaped(peaks.device_name)}, {peaks.threads} threads, torch {peaks.torch}, "
@@ -495,7 +492,8 @@ def machine() -> None:
     left_out = ", ".join(f"{count} of {reason}" for reason, count in found.left_out.items())
     if not found.setups or peaks is None:
         st.caption(
-            "Nothing to compare yet: measure this machine and write something in the playground."
+            "Nothing to compare yet: measure this machine, and write something in the playground "
+            "or run `python -m gptcore bench`."
             + (f" Runs left out: {left_out}." if left_out else "")
         )
         return
@@ -517,9 +515,10 @@ def machine() -> None:
         st.dataframe(
             {
                 "Set-up": [f"{one.model} {one.precision}" for one in found.setups],
+                "Step": [f"{one.what} {one.tokens:,} × {one.batch:,}" for one in found.setups],
                 "Runs": [one.runs for one in found.setups],
-                "Predicted, ms": [1000 * one.predicted_tpot_s for one in found.setups],
-                "Measured, ms": [1000 * one.measured_tpot_s for one in found.setups],
+                "Predicted, ms": [1000 * one.predicted_s for one in found.setups],
+                "Measured, ms": [1000 * one.measured_s for one in found.setups],
                 "Residual": [f"{100 * one.residual:+.0f} %" for one in found.setups],
             },
             hide_index=True,
@@ -530,9 +529,35 @@ def machine() -> None:
                 },
                 "Residual": st.column_config.TextColumn("Residual", alignment="right"),
             },
-            alt="Predicted and measured seconds a token",
+            alt="Predicted and measured times of a step",
+        )
+        st.caption(
+            "A decode step writes one token of each text behind so many positions; a prefill "
+            "reads so many positions of each text."
         )
     extrapolated(found)
+
+
+def made_with() -> Callable[[Run], speed.Made]:
+    """Return what tells threads, passes and machine of a run; variants are looked up once."""
+    variants: dict[str | None, tuple[int | None, tuple[str, ...]]] = {}
+
+    def made(run: Run) -> speed.Made:
+        told = lab.run_provenance(run)
+        if run.variant_hash not in variants:
+            try:
+                _, variant = lab.measured_variant(run.id)
+            except GptcoreError:
+                variants[run.variant_hash] = told.threads if told else None, ()
+            else:
+                passes = tuple(one.name for one in variant.recipe.passes)
+                variants[run.variant_hash] = variant.placement.resolved_threads, passes
+        machine = None
+        if told is not None:
+            machine = told.gpu if run.device.startswith("cuda") else told.cpu
+        return speed.Made(*variants[run.variant_hash], machine)
+
+    return made
 
 
 def extrapolated(found: speed.Accuracy) -> None:

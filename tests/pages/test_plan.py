@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from gptcore.device import cpu_name
 from gptcore.lab import Lab
 from gptcore.plan import peaks
 from gptcore.plan.assumptions import Assumptions
@@ -130,7 +131,7 @@ def test_runs_stand_beside_their_prediction(
     keep_peaks(
         MachinePeaks(
             rates={"fp32": Rates(1e11, 1e10, 5e10, 1e10, 1e-4)}, sampling_s_per_id=1e-7,
-            stream_bytes_per_s=5e9, device="cpu", device_name="a machine", threads=1, torch="2",
+            stream_bytes_per_s=5e9, device="cpu", device_name=cpu_name() or "", threads=1, torch="2",
             measured_at="2026-01-01T00:00:00+00:00", seconds=1.0,
         )
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """Speed: the roofline's arithmetic, and predictions against runs."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,12 +10,14 @@ from gptcore.plan.cards import card
 from gptcore.plan.peaks import MachinePeaks, Rates
 from gptcore.plan.speed import (
     Device,
+    Made,
     Setup,
     accuracy,
     card_device,
     compare,
     decode,
     machine_device,
+    piece_tokens,
     prefill,
     step,
 )
@@ -94,20 +98,23 @@ def test_no_prediction_for_a_precision_that_was_not_measured() -> None:
 
 def run(model: str, precision: str, tpot_s: float, **changes: object) -> Run:
     numbers = Numbers(
-        prompt_tokens=64, new_tokens=int(changes.pop("new_tokens", 64)), finish_reason="length",
-        queue_s=0, load_s=0, ttft_s=0.1, tpot_s=tpot_s, e2e_s=1, prefill_tokens_per_s=1,
+        prompt_tokens=int(changes.pop("prompt_tokens", 64)),
+        new_tokens=int(changes.pop("new_tokens", 64)), finish_reason="length",
+        queue_s=0, load_s=0, ttft_s=0.1, tpot_s=tpot_s, e2e_s=1,
+        prefill_tokens_per_s=changes.pop("prefill_tokens_per_s", None),
         decode_tokens_per_s=1, peak_memory_bytes=1, mbu_ratio=None,
     )  # fmt: skip
     return Run(
         id="a", kind=RunKind.GENERATE, state=RunState.DONE, created_at=datetime.now(UTC),
         model=model, precision=precision, device=str(changes.get("device", "cpu")), numbers=numbers,
+        variant_hash=str(changes.get("model_hash", "plain")),
     )  # fmt: skip
 
 
 def test_runs_of_one_setup_are_one_median() -> None:
     runs = [run("gpt2", "fp32", seconds) for seconds in (0.05, 0.9, 0.06)]
     (setup,) = compare(runs, PRESETS, PEAKS).setups
-    assert (setup.runs, setup.measured_tpot_s, setup.known) == (3, 0.06, 96)
+    assert (setup.runs, setup.measured_s, setup.tokens, setup.what) == (3, 0.06, 96, "decode")
     device = machine_device(PEAKS, "fp32")
     assert device is not None
     predicted = decode(PRESETS["gpt2"], "fp32", device, 96).seconds
@@ -121,15 +128,91 @@ def test_what_cannot_be_compared_is_counted_by_reason() -> None:
         run("gpt2", "fp32", 0.05, device="cuda:0"),
         run("gpt2", "fp32", 0.05, new_tokens=3),
         run("gpt2", "bf16", 0.05),
+        run("gpt2", "fp32", 0.05, model_hash="pruned"),
+        run("gpt2", "fp32", 0.05, model_hash="arrived"),
     ]
-    found = compare(runs, PRESETS, PEAKS, threads=lambda run: 1 if run.precision == "bf16" else 2)
+
+    def made(run: Run) -> Made:
+        passes = ("prune",) if run.variant_hash == "pruned" else ()
+        machine = "another one" if run.variant_hash == "arrived" else PEAKS.device_name
+        return Made(1 if run.precision == "bf16" else 2, passes, machine)
+
+    found = compare(runs, PRESETS, PEAKS, made)
     assert not found.setups
-    assert sorted(found.left_out.values()) == [1, 1, 1, 2]
-    assert compare(runs, PRESETS, None).left_out["this machine's peaks are not measured"] == 3
+    assert sorted(found.left_out.values()) == [1, 1, 1, 1, 1, 2]
+    assert compare(runs, PRESETS, None).left_out["this machine's peaks are not measured"] == 5
+
+
+def test_the_pass_of_a_precision_is_no_reason_to_leave_a_run_out() -> None:
+    (setup,) = compare(
+        [run("gpt2", "int8", 0.05)], PRESETS, PEAKS, lambda run: Made(2, ("int8",))
+    ).setups
+    assert setup.precision == "int8"
+
+
+def test_a_bench_tells_of_prefill_and_of_batches() -> None:
+    cell = {"prompt_tokens": 128, "new_tokens": 17, "batch": 4}
+    bench = replace(
+        run("gpt2", "fp32", 0.0),
+        kind=RunKind.BENCH,
+        numbers=None,
+        result={
+            "measurements": [
+                {"name": "load_s", "median": 3.0},
+                {"name": "prefill_s", "median": 2.0, **cell},
+                {"name": "decode_s", "median": 1.6, **cell},
+                {"name": "decode_s", "median": 1.6, **cell, "new_tokens": 4},
+            ]
+        },
+    )
+    decoding, reading = compare([bench], PRESETS, PEAKS).setups
+    assert (decoding.what, decoding.tokens, decoding.batch) == ("decode", 136, 4)
+    assert decoding.measured_s == pytest.approx(0.1)
+    assert (reading.what, reading.tokens, reading.measured_s) == ("prefill", 128, 2.0)
+    device = machine_device(PEAKS, "fp32")
+    assert device is not None
+    quiet = replace(device, sampling_s_per_id=0.0)
+    assert decoding.predicted_s == decode(PRESETS["gpt2"], "fp32", quiet, 136, 4).seconds
+    assert reading.predicted_s == prefill(PRESETS["gpt2"], "fp32", quiet, 128, 4)
+
+
+def test_the_prompt_of_a_generation_is_a_setup_of_its_own() -> None:
+    long = run("gpt2", "fp32", 0.05, prompt_tokens=200, prefill_tokens_per_s=100.0)
+    assert [(one.what, one.measured_s) for one in compare([long], PRESETS, PEAKS).setups] == [
+        ("decode", 0.05),
+        ("prefill", 2.0),
+    ]
+
+
+def test_several_positions_at_once_have_an_overhead_of_their_own() -> None:
+    rates = Rates(1e15, 1e12, 1e15, 1e12, 1e-6, 1e-3)
+    device = Device("native for one", rates, 1e12, 0.0, on_cpu=True)
+    spec = PRESETS["gpt2"]
+    assert decode(spec, "fp32", device, 8).overhead_s == pytest.approx(12e-6)
+    assert decode(spec, "fp32", device, 8, batch=2).overhead_s == pytest.approx(12e-3)
+    assert step(spec, "fp32", device, tokens=2, known=0).overhead_s == pytest.approx(12e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt3-1.3b", "gpt3-175b"])
+def test_a_cpu_reads_a_prompt_in_the_engines_pieces(name: str) -> None:
+    from gptcore.engine import chunk_tokens
+
+    spec = PRESETS[name]
+    model = SimpleNamespace(
+        spec=spec,
+        embedding=SimpleNamespace(weight=SimpleNamespace(device=SimpleNamespace(type="cpu"))),
+    )
+    assert piece_tokens(spec) == chunk_tokens(model)
+
+
+def test_an_endless_prompt_is_predicted_from_few_pieces() -> None:
+    """A piece reads all weights; a thousand times the pieces would be a thousand times slower."""
+    seconds = prefill(GPT3, "fp16", FREE, 10_000_000)
+    assert seconds > 4 * prefill(GPT3, "fp16", FREE, 2_500_000)
 
 
 def setup(precision: str, ratio: float) -> Setup:
-    return Setup("m", precision, 1, 100, 1, ratio * 0.01, 0.01)
+    return Setup("m", precision, 1, "decode", 100, 1, 1, ratio * 0.01, 0.01)
 
 
 def test_a_constant_error_is_corrected_by_the_others() -> None:
