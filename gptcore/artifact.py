@@ -229,7 +229,7 @@ def write(
         if tokenizer.eos_ids:
             config["eos_token_id"] = sorted(tokenizer.eos_ids)
         _write_json(work / CONFIG, config)
-        _write_tokenizer(work, tokenizer, tokenizer_files)
+        write_tokenizer(work, tokenizer, tokenizer_files)
         (work / RECIPE).write_text(variant.recipe.as_file())
         written = weights_id((work / WEIGHTS,))
         _write_json(
@@ -382,7 +382,7 @@ def _kinds() -> dict[str, type[Stored]]:
     return found
 
 
-def _write_tokenizer(work: Path, tokenizer: Tokenizer, files: Path | None) -> None:
+def write_tokenizer(work: Path, tokenizer: Tokenizer, files: Path | None) -> None:
     """Write the tokenizer as it is now, with the settings that lie beside the original."""
     text = tokenizer.as_json()
     if text is None:

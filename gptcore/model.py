@@ -129,7 +129,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         y = F.scaled_dot_product_attention(q, k, v)
         return y.reshape(batch, heads, 1, width)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=new == known, enable_gqa=heads != groups
+        q, k, v, attn_mask=mask, is_causal=bool(new == known), enable_gqa=heads != groups
     )
 
 

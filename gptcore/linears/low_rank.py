@@ -87,6 +87,17 @@ class LowRankLinear(nn.Module):
             return outer @ inner
         return torch.cat((inner, outer @ inner)).index_select(0, self.order)
 
+    def dense_bias(self) -> Tensor | None:
+        """Return the bias of that matrix, (R,) float32, or None."""
+        if self.outer.bias is None:
+            return None
+        second = self.outer.bias.float()
+        if self.order is None:
+            return second
+        first = self.inner.bias.float()
+        mixed = second + self.outer.weight.float() @ first
+        return torch.cat((first, mixed)).index_select(0, self.order)
+
     def stored(self) -> dict[str, Tensor]:
         """Return ``order`` if there is one; the two layers are stored as what they are."""
         return {} if self.order is None else {"order": self.order}

@@ -82,22 +82,20 @@ class DropLayers(Pass):
         gone = set(sorted(range(len(found)), key=found.__getitem__)[: self.layers])
         block = sum(one.rows * one.columns for one in spec.linears[:-1])
         least = max((found[i] for i in gone), default=0.0)
+        reasons = [
+            f"its influence of {one:.3f} is above the {least:.3f} of those gone" for one in found
+        ]
         context.coverage[self.name] = Coverage(
             block * len(gone),
             spec.matmul_parameters,
-            tuple(
-                (
-                    f"blocks.{i}",
-                    f"its influence of {one:.3f} is above the {least:.3f} of those gone",
-                )
-                for i, one in enumerate(found)
-                if i not in gone
-            ),
+            tuple((f"blocks.{i}", one) for i, one in enumerate(reasons) if i not in gone)
+            or (("blocks", "none was to be dropped"),),
             stored_bytes=0,
             resident_bytes=0,
         )
         model.blocks = nn.ModuleList(b for i, b in enumerate(model.blocks) if i not in gone)
         model.spec = self.spec_after(spec)
+        context.progress(1.0)
         return model
 
 

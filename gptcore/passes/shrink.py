@@ -122,6 +122,7 @@ class Shrink(Pass):
                 progress=context.progress,
                 wanted=lambda name: name.endswith(wanted),
             )
+        context.progress(1.0)
         model.spec = after
         context.coverage[self.name] = _coverage(spec, after, context.placement)
         return model
