@@ -131,7 +131,8 @@ def test_runs_stand_beside_their_prediction(
     keep_peaks(
         MachinePeaks(
             rates={"fp32": Rates(1e11, 1e10, 5e10, 1e10, 1e-4)}, sampling_s_per_id=1e-7,
-            stream_bytes_per_s=5e9, device="cpu", device_name=cpu_name() or "", threads=1, torch="2",
+            stream_bytes_per_s=5e9, device="cpu", device_name=cpu_name() or "", threads=1,
+            torch="2",
             measured_at="2026-01-01T00:00:00+00:00", seconds=1.0,
         )
     )  # fmt: skip
