@@ -47,9 +47,16 @@ class Ours(Program):
     """The engine of this repository."""
 
     def __init__(
-        self, model: str, precision: str, threads: int, recipe: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        precision: str,
+        threads: int,
+        recipe: list[dict[str, Any]] | None = None,
+        native: bool = True,
     ) -> None:
         sys.path.insert(0, str(ROOT))
+        if not native:
+            os.environ["GPTLAB_KERNELS"] = "off"
         from gptcore.device import limit_spinning
 
         limit_spinning()
