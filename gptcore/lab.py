@@ -44,6 +44,8 @@ from gptcore.host.regress import regression
 from gptcore.host.works import WORKS, work_from_json
 from gptcore.measure.calibration import with_text
 from gptcore.measure.compare import Compare as Compare
+from gptcore.measure.corpora import add_text, texts
+from gptcore.measure.evaluate import Evaluate as Evaluate
 from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
 from gptcore.measure.peaks import known_flops
@@ -54,10 +56,24 @@ from gptcore.measure.roofline import reached
 from gptcore.measure.statistics import StopRule as StopRule
 from gptcore.measure.statistics import median_interval, summary
 from gptcore.measure.tasks import TASK_SETS, kinds_of, named_tasks
+from gptcore.measure.text_scores import PAIR_SETS
 from gptcore.measure.timing import Cell as Cell
+from gptcore.measure.works_quality import Tasks as Tasks
+from gptcore.measure.works_quality import Texts as Texts
 from gptcore.monitor import Monitor, gpu_collector, machine_collectors
 from gptcore.monitor.prometheus import Metrics
 from gptcore.monitor.traffic import Traffic
+from gptcore.optimize.estimate import Estimate as Estimate
+from gptcore.optimize.estimate import Predicted as Predicted
+from gptcore.optimize.estimate import predicted as predicted
+from gptcore.optimize.make import Optimize as Optimize
+from gptcore.optimize.pareto import Point as Point
+from gptcore.optimize.pareto import point_of
+from gptcore.optimize.proof import FULL_CELLS as FULL_CELLS
+from gptcore.optimize.proof import QUICK_CELLS as QUICK_CELLS
+from gptcore.optimize.proof import QUICK_PAIRS as QUICK_PAIRS
+from gptcore.optimize.proof import Goals as Goals
+from gptcore.optimize.proof import Prove as Prove
 from gptcore.paths import data_dir, models_dir
 from gptcore.provenance import owner, owner_lives, provenance
 from gptcore.recipe import Recipe, Variant
@@ -237,10 +253,14 @@ class Lab:
     ) -> Variant:
         """Return the variant that a person picked; see ``Catalogue.variant``.
 
+        A finished variant keeps its own precision, whatever is picked.
+
         Raises:
             UnknownModel, InvalidInput, DeviceAbsent: with the way out.
         """
         require_device(device)
+        if self.catalogue.artifact(model):
+            precision = None
         variant = self.catalogue.variant(
             model, precision=precision, device=device, threads=threads, recipe=recipe
         )
@@ -452,6 +472,42 @@ class Lab:
         made = self.run_provenance(run)
         return regression(run, variant, made, candidate, here, accepted=accepted, **more)
 
+    def optimize(self, work: Optimize) -> str:
+        """Queue the making of a variant, with its proof if one was asked for; return the run id.
+
+        Raises:
+            DeviceAbsent, InvalidInput: nothing was queued.
+        """
+        if work.proof:
+            work = work.model_copy(update={"proof": self._with_noise(work.proof)})
+        return self.start(work)
+
+    def prove(self, work: Prove) -> str:
+        """Queue a proof with this machine's noise floor, and return its run id.
+
+        Raises:
+            DeviceAbsent, InvalidInput: nothing was queued.
+        """
+        return self.start(self._with_noise(work))
+
+    def proofs(self, limit: int = 500) -> tuple[Point, ...]:
+        """Return every proven variant as a point, the newest first."""
+        runs = [
+            run
+            for kind in (RunKind.OPTIMIZE, RunKind.PROVE)
+            for run in self._store.runs(kind=kind, state=RunState.DONE, limit=limit)
+        ]
+        found = [point_of(run) for run in sorted(runs, key=lambda one: one.created_at)[::-1]]
+        return tuple(one for one in found if one)
+
+    def _with_noise(self, work: Prove) -> Prove:
+        floor = self.noise_floor(work.variant.placement.device)
+        if floor is None:
+            return work
+        return work.model_copy(
+            update={"noise_floor": floor["ratio"], "noise_floor_at": floor["at"]}
+        )
+
     def item_sets(self) -> tuple[str, ...]:
         """Return the names of the sets of multiple-choice items, the one that ships first."""
         return TASK_SETS.names()
@@ -472,6 +528,32 @@ class Lab:
             StoreError: it cannot be written.
         """
         return TASK_SETS.add(name, content)
+
+    def texts(self) -> tuple[str, ...]:
+        """Return the names of the texts to evaluate on, the one that ships first."""
+        return texts()
+
+    def add_text(self, name: str, content: bytes) -> str:
+        """Keep a text to evaluate on under a name, and return the name.
+
+        Raises:
+            InvalidInput: name or content cannot be used, or the name is another text's.
+            StoreError: it cannot be written.
+        """
+        return add_text(name, content)
+
+    def pair_sets(self) -> tuple[str, ...]:
+        """Return the names of the sets of prompts with references."""
+        return PAIR_SETS.names()
+
+    def add_pairs(self, name: str, content: bytes) -> str:
+        """Keep a JSONL file as a set of pairs under a name, and return the name.
+
+        Raises:
+            InvalidInput: name or content cannot be used, or the name is another set's.
+            StoreError: it cannot be written.
+        """
+        return PAIR_SETS.add(name, content)
 
     def vote(self, vote: Vote) -> None:
         """Keep a blind choice between two answers."""

@@ -309,6 +309,7 @@ class RunKind(StrEnum):
     REGRESS = "regress"
     OPTIMIZE = "optimize"
     PROVE = "prove"
+    ESTIMATE = "estimate"
     TRAIN = "train"
     TUNE = "tune"
     EXPLAIN = "explain"

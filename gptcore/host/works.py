@@ -15,6 +15,7 @@ from gptcore.measure.compare import Compare
 from gptcore.measure.evaluate import Evaluate
 from gptcore.measure.few_shot import FewShot
 from gptcore.measure.works_quality import Tasks, Texts
+from gptcore.optimize.estimate import Estimate
 from gptcore.optimize.make import Optimize
 from gptcore.optimize.proof import Prove
 from gptcore.records import RunKind
@@ -26,6 +27,7 @@ WORKS: Mapping[RunKind, type[Work]] = {
     for one in (
         Bench,
         Compare,
+        Estimate,
         Evaluate,
         Explain,
         FewShot,

@@ -115,6 +115,10 @@ class Pass(BaseModel):
         """Return what to know before this pass is chosen, in a sentence, or None."""
         return None
 
+    def on_few_layers(self, layers: int) -> Pass:
+        """Return the pass as it can be tried on a model of so few layers, to see what it takes."""
+        return self
+
     def spec_after(self, spec: ModelSpec) -> ModelSpec:
         """Return the shape that this pass leaves; only a SHAPE pass changes it."""
         return spec

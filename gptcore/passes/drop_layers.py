@@ -53,6 +53,10 @@ class DropLayers(Pass):
             return f"it has {spec.layers} layers, of which {self.layers} cannot go: drop fewer."
         return None
 
+    def on_few_layers(self, layers: int) -> DropLayers:
+        """Return the pass with fewer layers to drop: what takes time is to look at them."""
+        return self.model_copy(update={"layers": min(self.layers, layers - 1)})
+
     def spec_after(self, spec: ModelSpec) -> ModelSpec:
         """Return the spec with so many layers fewer."""
         return spec.model_copy(update={"layers": spec.layers - self.layers})
