@@ -382,6 +382,14 @@ def _parser() -> argparse.ArgumentParser:
     kept_runs = commands.add_parser("runs", help="what is in the database")
     verbs = kept_runs.add_subparsers(required=True, metavar="VERB")
     runs.add_list_arguments(_command(verbs, "list", runs.listed, "list runs, newest first"))
+    asked = _command(
+        evaluations, "tasks", evaluate.tasks, "multiple-choice items, alone or against another"
+    )
+    evaluate.add_tasks_arguments(asked)
+    judged = _command(
+        evaluations, "texts", evaluate.texts, "BLEU, chrF, ROUGE, METEOR of written texts"
+    )
+    evaluate.add_texts_arguments(judged)
     _command(verbs, "show", runs.show, "show one run").add_argument("id")
     runs.add_export_arguments(_command(verbs, "export", runs.export, "write runs into a file"))
     brought = _command(verbs, "import", runs.bring_in, "read runs from a file")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -20,7 +20,9 @@ from gptcore.cli.terminal import (
 )
 from gptcore.measure.evaluate import Evaluate
 from gptcore.measure.perplexity import Windowing
+from gptcore.measure.works_quality import Tasks, Texts
 from gptcore.recipe import Variant
+from gptcore.records import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add(parser, name, Windowing)
     for name in ("prompts", "new_tokens"):
         _add(parser, name, Evaluate)
+
+
+def add_tasks_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``eval tasks``."""
+    add_variant_arguments(parser)
+    add_other_arguments(parser)
+    for name in ("items", "examples", "seed"):
+        _add(parser, name, Tasks)
+    parser.add_argument(
+        "--kinds",
+        default="",
+        help="only items of these kinds, such as cloze,facts (default: all)",
+    )
+
+
+def add_texts_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``eval texts``."""
+    add_variant_arguments(parser)
+    add_other_arguments(parser)
+    parser.add_argument("--pairs", required=True, help=Texts.model_fields["pairs"].description)
+    for name in ("max_new_tokens", "chat", "seed"):
+        _add(parser, name, Texts)
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end before this text; may be repeated"
+    )
 
 
 def _add(parser: argparse.ArgumentParser, name: str, owner: type[BaseModel]) -> None:
@@ -74,6 +101,106 @@ def perplexity(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in lines(found):
             say(f"{name:<22}{value}")
     return found
+
+
+def tasks(options: argparse.Namespace) -> dict[str, Any]:
+    """Ask multiple-choice items, and with one of ``--against-…`` a second variant the same.
+
+    Raises:
+        GptcoreError, ValidationError: the input was wrong, or it failed.
+    """
+    work = Tasks(
+        variants=_variants(options),
+        items=options.items,
+        kinds=tuple(filter(None, options.kinds.replace(" ", "").split(","))),
+        examples=options.examples,
+        seed=options.seed,
+    )
+    return _said(perform(work, options), options, task_lines)
+
+
+def texts(options: argparse.Namespace) -> dict[str, Any]:
+    """Let a variant write, score its texts, and with one of ``--against-…`` a second one's.
+
+    Raises:
+        GptcoreError, ValidationError: the input was wrong, or it failed.
+    """
+    work = Texts(
+        variants=_variants(options),
+        pairs=options.pairs,
+        max_new_tokens=options.max_new_tokens,
+        stop=tuple(options.stop),
+        chat=options.chat,
+        seed=options.seed,
+    )
+    return _said(perform(work, options), options, text_lines)
+
+
+def _variants(options: argparse.Namespace) -> tuple[Variant, ...]:
+    models = catalogue()
+    other = other_variant_of(options, models)
+    first = variant_of(options, models)
+    return (first,) if other is None else (first, other)
+
+
+def _said(
+    run: Run,
+    options: argparse.Namespace,
+    lines: Callable[[Mapping[str, Any]], Iterator[tuple[str, str]]],
+) -> dict[str, Any]:
+    assert run.result is not None
+    if not options.json:
+        for name, value in lines(run.result):
+            say(f"{name:<24} {value}")
+    return {**run.result, "run_id": run.id}
+
+
+def task_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Return the answers of one or two variants as text for a terminal."""
+    yield "items", f"{found['items']}, {found['items_hash'][:19]}, {found['examples']} examples"
+    for letter, one in _sides(found):
+        yield letter, f"{one['model']}, {one['precision']}, {one['recipe']}, {one['device']}"
+        for kind in (one["overall"], *one["kinds"]):
+            yield (
+                f"  {kind['kind']}",
+                f"{_accuracy(kind['accuracy'])}; by byte {_accuracy(kind['accuracy_normalised'])}; "
+                f"chance {kind['chance_ratio']:.1%}",
+            )
+    if found["against"]:
+        flips = found["flips"]
+        yield (
+            "B against A",
+            f"{flips['verdict']}: {flips['difference']:+.1%}, only A right {flips['only_a']}, only "
+            f"B right {flips['only_b']}, of {flips['n']} (p = {flips['p']:.3f})",
+        )
+
+
+def text_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Return the scores of one or two variants as text for a terminal."""
+    for letter, one in _sides(found):
+        yield letter, f"{one['model']}, {one['precision']}, {one['recipe']}, {one['device']}"
+        for score in one["scores"]:
+            low, high = score["low"], score["high"]
+            interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+            yield (
+                f"  {score['title']}",
+                f"{score['value']:.2f} of {score['scale']}{interval}, {score['signature']}",
+            )
+        yield "  pairs", f"{one['n']}, of which {one['cut_off']} were cut off at the limit"
+        for note in one["notes"]:
+            yield "  note", note
+    for one in found.get("differences", ()):
+        yield f"B against A, {one['title']}", f"{one['difference']:+.2f}: {one['verdict']}"
+
+
+def _sides(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield "A" if found["against"] else "variant", found
+    if found["against"]:
+        yield "B", found["against"]
+
+
+def _accuracy(one: Mapping[str, Any]) -> str:
+    return f"{one['ratio']:.1%} ({one['low']:.1%} to {one['high']:.1%}, n = {one['n']})"
 
 
 def source_precision(models: Catalogue, variant: Variant) -> str | None:

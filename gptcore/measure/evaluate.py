@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from gptcore.device import free_bytes
+from gptcore.measure.calibration import require_other_text
 from gptcore.measure.corpora import EVALUATION, evaluation_text
 from gptcore.measure.divergence import (
     Agreement,
@@ -101,12 +102,15 @@ class Evaluate(Work):
         """Measure, and return the numbers of ``Perplexity`` and ``Divergence`` by name.
 
         Raises:
-            InvalidInput: the text cannot be used, or the variants have different tokens.
+            InvalidInput: the text cannot be used, a variant was calibrated with it, or the
+                variants have different tokens.
             ContextOverflow: the window is longer than a context.
             NumericalError: a variant produced NaN or infinity.
         """
         desk.phase("reading the text")
         text = evaluation_text(self.text, paths=True)
+        for variant in self.variants_used():
+            require_other_text(text, variant)
         tokenizer, context = _read_by(desk, self.variant)
         read = passage(text, tokenizer, self.windowing)
         require_context(read, context, self.variant.model)

@@ -198,7 +198,7 @@ def _roofs(figure: go.Figure, found: Sequence[Reached], left: float, right: floa
             hoverinfo="skip",
         )
         figure.add_annotation(
-            x=math.log10(right),
+            x=math.log10(right / 1.1),
             y=math.log10(peak / 1e9),
             text=f"{dtype} {peak / 1e9:,.0f} GFLOP/s",
             showarrow=False,
