@@ -52,6 +52,13 @@ page = st.navigation(
                 "and how sure that is.",
             ),
             st.Page(
+                links.OPTIMIZE,
+                title="Optimize",
+                icon=":material/bolt:",
+                url_path="optimize",
+                help="Make the model smaller or faster, and see proof of what that changed.",
+            ),
+            st.Page(
                 links.EXPLAIN,
                 title="Explain",
                 icon=":material/visibility:",

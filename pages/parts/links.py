@@ -8,6 +8,7 @@ _PAGES = Path(__file__).parents[1]
 HOME = _PAGES / "start" / "home.py"
 PLAYGROUND = _PAGES / "lab" / "playground.py"
 COMPARE = _PAGES / "lab" / "compare.py"
+OPTIMIZE = _PAGES / "lab" / "optimize.py"
 MODELS = _PAGES / "lab" / "models.py"
 EXPLAIN = _PAGES / "lab" / "explain.py"
 IN_CONTEXT = _PAGES / "lab" / "in_context.py"

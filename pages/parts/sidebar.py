@@ -30,7 +30,13 @@ def draw(lab: Lab) -> None:
     with st.sidebar, st.container(gap="small"):
         _model(chosen, entries)
         entry = entries.get(chosen.model)
-        _precision(chosen, device, entry.spec if entry else None)
+        if entry is not None and entry.variant is not None:
+            st.caption(
+                f":material/bolt: Made of {shown.escaped(entry.provenance)}; it runs in "
+                f"{entry.variant.precision}."
+            )
+        else:
+            _precision(chosen, device, entry.spec if entry else None)
         _device(chosen, devices)
         _memory(lab, chosen, entry)
         _recipe(lab, chosen)
@@ -157,15 +163,15 @@ def _memory(lab: Lab, chosen: Settings, entry: ModelEntry | None) -> None:
 def _recipe(lab: Lab, chosen: Settings) -> None:
     """Draw the recipe slot: what turns the model's weights into what runs."""
     try:
-        _, recipe = place(chosen.precision, chosen.device, chosen.threads, Recipe())
-        variant = None if not recipe.passes else chosen.variant(lab)
+        variant = chosen.variant(lab)
+        recipe = variant.recipe
     except GptcoreError:
         # The same sentence stands under the memory already.
         return
     st.markdown(f"**Recipe** · {recipe}")
     for one in recipe.passes:
         st.caption(f"{passes()[one.name].title}: {shown.escaped(one.mechanism)}.")
-    if variant is not None and (covered := _coverage(lab, variant)):
+    if recipe.passes and (covered := _coverage(lab, variant)):
         st.caption(covered)
 
 

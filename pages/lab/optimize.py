@@ -1,0 +1,436 @@
+"""Optimize: make the model cheaper by a recipe, and see proof of what that changed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import streamlit as st
+from pydantic import ValidationError
+
+from gptcore.errors import GptcoreError
+from gptcore.lab import Goals, Lab, Optimize, Snapshot, predicted
+from gptcore.optimize.pareto import card_of, front
+from gptcore.optimize.ready import READY
+from gptcore.passes.base import Pass
+from gptcore.passes.registry import pass_from_json, passes
+from gptcore.recipe import Calibration, Variant
+from gptcore.records import Run, RunKind, RunState
+from pages.parts import errors, links, pass_form, proof_card, proof_charts, settings
+from pages.parts import format as shown
+from pages.parts.optimize_state import (
+    PROOF,
+    Draft,
+    change,
+    change_recipe,
+    current,
+    estimate_of,
+    free_name,
+    said,
+    say,
+    write_address,
+)
+from pages.parts.services import lab as shared_lab
+from pages.parts.settings import bound
+
+TICK_S = 0.4
+VIEWS = ("Proof", "All variants")
+ABOUT_S = 0.5
+"""Shorter times are not worth a number."""
+
+
+# What a click does
+
+
+def take(name: str) -> None:
+    """Take a value of the draft from its widget."""
+    value = st.session_state[f"optimize_{name}"]
+    if value is not None:
+        change(**{name: value})
+
+
+def take_goal(name: str) -> None:
+    """Take a goal from its widget; an empty one is none."""
+    goals = {**current().goals.model_dump(), name: st.session_state[f"goal_{name}"]}
+    try:
+        change(goals=Goals.model_validate(goals))
+    except ValidationError as error:
+        say(errors.sentence(error, Goals))
+
+
+def take_field(index: int, key: str, name: str) -> None:
+    """Take a field of a pass from its widget."""
+    chosen = list(current().recipe.passes)
+    value = {**chosen[index].as_json(), name: st.session_state[key]}
+    try:
+        chosen[index] = pass_from_json(value)
+    except GptcoreError as error:
+        say(str(error))
+        return
+    change_recipe(chosen)
+
+
+def take_text() -> None:
+    """Take the calibration text."""
+    known = current().recipe.calibration or Calibration()
+    fresh = known.model_copy(update={"text": st.session_state["calibration_text"], "hash": ""})
+    change_recipe(list(current().recipe.passes), fresh)
+
+
+def add_pass() -> None:
+    """Put the chosen pass into the recipe, at the end of its stage."""
+    name = st.session_state["new_pass"]
+    if not name:
+        return
+    try:
+        change(recipe=current().recipe.then(passes()[name]()))
+    except ValidationError as error:
+        say(errors.sentence(error))
+    st.session_state["new_pass"] = None
+
+
+def remove_pass(index: int) -> None:
+    """Take a pass out of the recipe."""
+    chosen: list[Pass] = list(current().recipe.passes)
+    del chosen[index]
+    change_recipe(chosen)
+
+
+def take_ready() -> None:
+    """Take a ready recipe with its goals."""
+    wanted = st.session_state["ready"]
+    for one in READY:
+        if one.name == wanted:
+            change(recipe=one.recipe, precision=one.precision, goals=one.goals)
+
+
+def start() -> None:
+    """Make the variant and prove it, or only prove it where there are no passes."""
+    lab, draft = shared_lab(), current()
+    try:
+        work = draft.work(lab)
+        run_id = lab.optimize(work) if isinstance(work, Optimize) else lab.prove(work)
+    except (GptcoreError, ValidationError) as error:
+        say(errors.sentence(error))
+        return
+    st.session_state["optimize_run"] = run_id
+    st.query_params[PROOF] = run_id
+
+
+def close_card() -> None:
+    """Leave the card; it stays in the database under its link."""
+    st.session_state.pop("optimize_run", None)
+    st.query_params.pop(PROOF, None)
+
+
+def use(name: str) -> None:
+    """Choose the finished variant in the sidebar."""
+    settings.change(model=name)
+
+
+# What the page draws
+
+
+def recipe_form(lab: Lab, draft: Draft, variant: Variant | None) -> None:
+    """Draw the passes of the recipe, each as a form, and what can be added."""
+    for index, one in enumerate(draft.recipe.passes):
+        with st.container(border=True):
+            with st.container(horizontal=True, vertical_alignment="center"):
+                st.markdown(f"**{one.title}**", width="stretch")
+                st.button(
+                    "Remove",
+                    key=f"remove_pass_{index}",
+                    icon=":material/close:",
+                    type="tertiary",
+                    on_click=remove_pass,
+                    args=(index,),
+                )
+            st.caption(shown.escaped(one.mechanism[:1].upper() + one.mechanism[1:]) + ".")
+            pass_form.draw(one, f"pass_{index}_{one.name}", partial(take_field, index))
+            if variant and (caution := one.caution(variant.spec, variant.placement)):
+                st.caption(f":orange[:material/warning:] {shown.escaped(caution)}")
+    there = {one.name for one in draft.recipe.passes}
+    blocked = blocked_passes(lab, variant) if variant else {}
+    st.selectbox(
+        "Add a pass",
+        [name for name in passes() if name not in there],
+        index=None,
+        key="new_pass",
+        placeholder="Choose a technique",
+        format_func=lambda name: passes()[name].title + (" · blocked" if name in blocked else ""),
+        on_change=add_pass,
+        help="\n\n".join(
+            f"**{passes()[name].title}**: {shown.escaped(why)}" for name, why in blocked.items()
+        )
+        or "Every technique can run here.",
+    )
+    if draft.recipe.needs_calibration:
+        names = ["calibration", *(one for one in lab.texts() if one != "evaluation")]
+        wanted = (draft.recipe.calibration or Calibration()).text
+        st.selectbox(
+            "Calibration text",
+            names if wanted in names else [wanted, *names],
+            key=bound("calibration_text", wanted),
+            on_change=take_text,
+            help="Some passes look at how a text runs through the model. What is evaluated on the "
+            "same text would look better than it is, so that is refused.",
+        )
+
+
+def blocked_passes(lab: Lab, variant: Variant) -> dict[str, str]:
+    """Return why passes cannot run on this model and device, on any precision."""
+    found = {}
+    for name, kind in passes().items():
+        said = [
+            kind().blocked_by(variant.spec, variant.placement.model_copy(update={"precision": one}))
+            for one in ("fp32", "bf16")
+        ]
+        if all(said):
+            found[name] = str(said[0])
+    return found
+
+
+def before(lab: Lab, draft: Draft, variant: Variant | None) -> None:
+    """Draw what the recipe will take, its name, goals, and the button."""
+    with st.container(border=True):
+        if variant is not None:
+            _prediction(lab, variant)
+        with st.container(horizontal=True):
+            if draft.recipe.passes:
+                st.text_input(
+                    "Name of the result",
+                    key=bound("optimize_name", draft.name, typed=True),
+                    placeholder=free_name(lab, draft),
+                    on_change=take,
+                    args=("name",),
+                )
+            st.selectbox(
+                "Precision under it",
+                ("auto", "fp32", "bf16", "fp16"),
+                key=bound("optimize_precision", draft.precision),
+                on_change=take,
+                args=("precision",),
+                help="Auto takes the first that all passes can use.",
+                width=150,
+            )
+            st.selectbox(
+                "Proof",
+                ("full", "quick"),
+                key=bound("optimize_thoroughness", draft.thoroughness),
+                on_change=take,
+                args=("thoroughness",),
+                help="Full: three cells, tasks and damage map, some minutes. Quick: one cell and "
+                "fewer blocks.",
+                width=120,
+            )
+        with st.expander("Goals", icon=":material/flag:"), st.grid(3, min_column_width=130):
+            for name, field in Goals.model_fields.items():
+                st.number_input(
+                    str(field.title),
+                    min_value=0.0,
+                    value=None,
+                    step=None,
+                    key=bound(f"goal_{name}", getattr(draft.goals, name), typed=True),
+                    on_change=take_goal,
+                    args=(name,),
+                    help=field.description,
+                )
+        stopped = variant.blocked_by if variant else "there is no variant."
+        st.button(
+            "Optimize" if draft.recipe.passes else "Prove",
+            icon=":material/bolt:",
+            type="primary",
+            on_click=start,
+            disabled=stopped is not None or running(lab) is not None,
+        )
+        if stopped and variant is not None:
+            st.error(shown.escaped(stopped), icon=":material/block:")
+
+
+def _prediction(lab: Lab, variant: Variant) -> None:
+    known = predicted(variant)
+    with st.grid("auto", min_column_width=110, gap="small"):
+        st.metric(
+            "Weights after",
+            shown.size(known.weights_bytes_after),
+            help=f"In memory, from {shown.size(known.weights_bytes)}: exact arithmetic on the "
+            "shape.",
+        )
+        st.metric("Peak memory", shown.size(known.peak_bytes), help="While the passes run.")
+        if known.parameters != known.parameters_after:
+            st.metric("Parameters", shown.parameters(known.parameters_after))
+        if variant.recipe.passes and not variant.blocked_by:
+            st.fragment(errors.guarded(_time), run_every=1.0)(lab, variant)
+
+
+def _time(lab: Lab, variant: Variant) -> None:
+    found = estimate_of(lab, variant)
+    seconds = found["seconds"] if found else None
+    value = "…" if found is None else shown.UNKNOWN
+    if seconds is not None:
+        value = f"about {shown.duration(seconds)}" if seconds >= ABOUT_S else "under 1 s"
+    st.metric(
+        "Making it takes",
+        value,
+        help="Tried on a few blocks of random weights, and scaled; the proof comes on top.",
+    )
+
+
+def running(lab: Lab) -> str | None:
+    """Return the run of this page that has not ended."""
+    run_id: str | None = st.session_state.get("optimize_run")
+    found = lab.snapshot(run_id) if run_id else None
+    return run_id if found and not found.run.state.final else None
+
+
+def proof(lab: Lab) -> None:
+    """Draw the run that is shown: its progress, then its card."""
+    run_id = st.session_state.get("optimize_run") or st.query_params.get(PROOF)
+    if not run_id:
+        st.caption(
+            ":material/info: Nothing is shown yet. Press Optimize: the variant is made, kept in "
+            "the catalogue, and held against the model it came from."
+        )
+        return
+    run_id = run_id[: settings.ID_CHARS]
+    if st.query_params.get(PROOF) != run_id:
+        st.query_params[PROOF] = run_id
+    found = lab.snapshot(run_id)
+    if found is None or found.run.kind not in (RunKind.OPTIMIZE, RunKind.PROVE):
+        st.warning(
+            f"There is no proof {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, or "
+            "belongs to another database.",
+            icon=":material/search_off:",
+        )
+        st.button("Close", on_click=close_card)
+        return
+    active = not found.run.state.final
+    st.fragment(errors.guarded(_proof), run_every=TICK_S if active else None)(lab, run_id, active)
+
+
+def _proof(lab: Lab, run_id: str, was_active: bool) -> None:
+    found = lab.snapshot(run_id)
+    if found is None:
+        return
+    run = found.run
+    if was_active and run.state.final:
+        st.rerun()
+    if not run.state.final:
+        with st.container(border=True, horizontal=True, vertical_alignment="center"):
+            st.progress(found.progress or 0.0, text=_phase(found))
+            st.button("Stop", icon=":material/stop:", on_click=lab.cancel, args=(run_id,))
+    elif run.state is not RunState.DONE:
+        errors.show(run.error or f"The run ended: {run.state}.")
+    made(run)
+    card = card_of(run)
+    if card is not None:
+        proof_card.draw(card, final=run.state.final, key=f"card_{run_id}")
+    if run.state.final:
+        with st.container(horizontal=True):
+            st.button("Close", on_click=close_card, help="It stays under its link.")
+            st.page_link(links.HISTORY, label="History", icon=":material/history:")
+            st.page_link(
+                links.EXPLAIN, label="Explain where they part", icon=":material/visibility:"
+            )
+
+
+def made(run: Run) -> None:
+    """Draw what was made and kept."""
+    result = run.result
+    if run.kind is not RunKind.OPTIMIZE or not result:
+        return
+    name = result["name"]
+    with st.container(border=True, horizontal=True, vertical_alignment="center"):
+        bits = f"{result['effective_bits']:.2f} bits a parameter"
+        st.markdown(
+            f":material/check_circle: **{shown.escaped(name or 'Not kept')}** made in "
+            f"{shown.duration(result['seconds'])}: {shown.size(result['stored_bytes'])} on disk, "
+            f"{shown.size(result['resident_bytes'])} in memory, {bits}",
+            width="stretch",
+        )
+        if name and result["artifact"]:
+            st.button(
+                "Use it",
+                icon=":material/check:",
+                on_click=use,
+                args=(name,),
+                help="Choose it in the sidebar, for the playground and every other page.",
+            )
+    if result["weights_sha256"]:
+        st.caption(f"Weights {result['weights_sha256'][:23]}…; the recipe makes the same again.")
+
+
+def _phase(found: Snapshot) -> str:
+    if found.place is not None:
+        return f"Waiting, place {found.place} in the queue"
+    share = f", {shown.share(found.progress)}" if found.progress else ""
+    return shown.escaped(found.phase[:1].upper() + found.phase[1:]) + share
+
+
+def everything(lab: Lab) -> None:
+    """Draw all proven variants, and those that none beats."""
+    points = lab.proofs()
+    if not points:
+        st.caption(":material/info: No variant is proven yet; each proof becomes a point here.")
+        return
+    best = front(points)
+    picked: Any = st.plotly_chart(
+        proof_charts.pareto(points, best),
+        key="pareto",
+        on_select="rerun",
+        selection_mode="points",
+        config={"displayModeBar": False},
+    )
+    chosen = [one.get("customdata") for one in picked["selection"]["points"]]
+    st.caption(
+        "Right is faster, low is nearer to the baseline, small dots are small files; ringed ones "
+        "missed a goal. The dotted line joins what no other beats on all three. Click a dot for "
+        "its card."
+    )
+    table: Any = st.dataframe(
+        proof_charts.rows(points, best),
+        hide_index=True,
+        on_select="rerun",
+        selection_mode="single-row",
+        key="pareto_rows",
+    )
+    wanted = [points[at].run_id for at in table["selection"]["rows"]] or [
+        one[0] if isinstance(one, list) else one for one in chosen if one
+    ]
+    if wanted and (found := lab.snapshot(str(wanted[0]))) and (card := card_of(found.run)):
+        proof_card.draw(card, final=True, key=f"picked_{wanted[0]}")
+
+
+lab = shared_lab()
+draft = current()
+st.title("Optimize")
+st.caption(
+    "Make the model cheaper, then see proof: speed, memory, size, energy and quality of the "
+    "variant against the model it came from, measured in turn."
+)
+for problem in said():
+    errors.show(problem)
+variant: Variant | None
+try:
+    variant = draft.variant(lab)
+except GptcoreError as error:
+    variant = None
+    errors.show(error)
+st.pills(
+    "Ready recipes",
+    [one.name for one in READY],
+    key="ready",
+    on_change=take_ready,
+    help="\n\n".join(f"**{one.name}**: {one.about}" for one in READY),
+)
+left, right = st.columns([5, 6])
+with left:
+    recipe_form(lab, draft, variant)
+with right:
+    before(lab, draft, variant)
+view = st.segmented_control("View", VIEWS, default=VIEWS[0], label_visibility="collapsed")
+if view == VIEWS[1]:
+    everything(lab)
+else:
+    proof(lab)
+write_address()
