@@ -88,7 +88,7 @@ class CModel(ctypes.Structure):
 
 
 class CCall(ctypes.Structure):
-    """One token's step."""
+    """One token of a call."""
 
     _fields_ = (
         ("id", c_int64),
@@ -106,7 +106,8 @@ FUNCTIONS = {
     "gpt_isa": (c_char_p, ()),
     "gpt_open": (c_void_p, (POINTER(CModel),)),
     "gpt_close": (None, (c_void_p,)),
-    "gpt_step": (c_int, (c_void_p, POINTER(CCall), c_int)),
+    "gpt_most_tokens": (c_int, ()),
+    "gpt_step": (c_int, (c_void_p, POINTER(CCall), c_int64, c_int)),
     "gpt_linear": (c_int, (POINTER(CLinear), c_void_p, c_int, c_int64, c_void_p, c_int)),
     "gpt_packed_bytes": (c_int64, (c_int, c_int64, c_int64, c_int)),
     "gpt_pack": (

@@ -1,4 +1,4 @@
-"""A model's native step: what torch's forward pass computes for one token, in one call.
+"""A model's native step: what torch's forward pass computes for a token or a few, in one call.
 
 It reads and writes the same ``KVCache`` as torch, so that a text may be read by the one and
 continued by the other.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -44,6 +44,8 @@ class NativeStep:
 
     def __init__(self, model: GPT) -> None:
         self.name = f"native step, {instruction_set()}"
+        self.most_tokens = int(library().gpt_most_tokens())
+        """Tokens for which the weights are read once."""
         self._model = weakref.ref(model)
         self._kept: list[Tensor] = []
         """What the structs point to."""
@@ -83,39 +85,98 @@ class NativeStep:
         Raises:
             ContextOverflow: the cache or the context is full.
         """
+        return self._run([(id, cache)], 1)[0]
+
+    def read(self, ids: Sequence[int], cache: KVCache, *, last_only: bool = False) -> Tensor:
+        """Read T ≥ 1 tokens into ``cache``, the weights once for ``most_tokens`` of them.
+
+        Every token gets the bits that it would get alone.
+
+        Returns:
+            (T, V) float32, or (1, V) with ``last_only``.
+
+        Raises:
+            ContextOverflow: they do not fit; nothing was read then.
+        """
+        self._room(cache, len(ids))
+        found = []
+        for begin in range(0, len(ids), self.most_tokens):
+            some = ids[begin : begin + self.most_tokens]
+            ends = begin + len(some) == len(ids)
+            wanted = (1 if ends else 0) if last_only else len(some)
+            found.append(self._run([(id, cache) for id in some], wanted))
+        return found[-1] if last_only or len(found) == 1 else torch.cat(found)
+
+    def batch(self, ids: Sequence[int], caches: Sequence[KVCache]) -> Tensor:
+        """Read one token into each of B caches, the weights once for ``most_tokens`` of them.
+
+        Every text gets the bits that it would get alone.
+
+        Returns:
+            The logits after each, (B, V) float32.
+
+        Raises:
+            ContextOverflow: a cache or the context is full; nothing was read then.
+        """
+        assert len({id(one) for one in caches}) == len(caches), "one cache, one token"
+        for cache in caches:
+            self._room(cache, 1)
+        rows = list(zip(ids, caches, strict=True))
+        sizes = range(0, len(rows), self.most_tokens)
+        found = [rows[at : at + self.most_tokens] for at in sizes]
+        return torch.cat([self._run(some, len(some)) for some in found])
+
+    def _room(self, cache: KVCache, tokens: int) -> None:
+        """Raise ContextOverflow where so many more tokens do not fit."""
         model = self._model()
         assert model is not None
-        spec, position = model.spec, cache.length
-        room = min(spec.context, cache.capacity)
-        if position >= room:
-            raise ContextOverflow(
-                f"{position + 1:,} positions do not fit into {room:,}: shorten the text."
-            )
-        if not 0 <= id < spec.vocabulary:
-            raise IndexError(f"token id {id} is not in the vocabulary of {spec.vocabulary}")
-        logits = torch.empty(spec.vocabulary)
-        call = CCall(
-            id=id,
-            position=position,
-            capacity=cache.capacity,
-            keys=cache.k.data_ptr(),
-            values=cache.v.data_ptr(),
-            logits=logits.data_ptr(),
-        )
+        room = min(model.spec.context, cache.capacity)
+        if (end := cache.length + tokens) > room:
+            raise ContextOverflow(f"{end:,} positions do not fit into {room:,}: shorten the text.")
+
+    def _run(self, rows: Sequence[tuple[int, KVCache]], wanted: int) -> Tensor:
+        """Read tokens, each into its cache, and return the logits of the last ``wanted``."""
+        model = self._model()
+        assert model is not None
+        spec = model.spec
+        ends: dict[KVCache, int] = {}
+        for token, cache in rows:
+            ends[cache] = ends.get(cache, cache.length) + 1
+            if not 0 <= token < spec.vocabulary:
+                raise IndexError(
+                    f"token id {token} is not in the vocabulary of {spec.vocabulary:,}"
+                )
+        for cache, end in ends.items():
+            self._room(cache, end - cache.length)
         if spec.position == "rotary":
-            call.cos, call.sin = self._angles(position)
-        if library().gpt_step(self._session, ctypes.byref(call), torch.get_num_threads()):
+            self._tables(max(ends.values()))
+        logits = torch.empty(wanted, spec.vocabulary)
+        calls = (CCall * len(rows))()
+        starts = {cache: cache.length for cache in ends}
+        for at, (call, (token, cache)) in enumerate(zip(calls, rows, strict=True)):
+            call.id, call.position, call.capacity = token, starts[cache], cache.capacity
+            call.keys, call.values = cache.k.data_ptr(), cache.v.data_ptr()
+            if spec.position == "rotary":
+                call.cos, call.sin = self._angles(starts[cache])
+            if (place := at - len(rows) + wanted) >= 0:
+                call.logits = logits[place].data_ptr()
+            starts[cache] += 1
+        if library().gpt_step(self._session, calls, len(rows), torch.get_num_threads()):
             raise MemoryError("out of memory in the native step")
-        cache.length = position + 1
+        for cache, end in ends.items():
+            cache.length = end
         return logits
+
+    def _tables(self, positions: int) -> None:
+        """Have the angles of so many positions."""
+        if positions > self._cos.shape[0]:
+            model = self._model()
+            assert model is not None
+            size = min(model.spec.context, max(256, 1 << (positions - 1).bit_length()))
+            self._cos, self._sin = rotary_tables(model.spec, size)
 
     def _angles(self, position: int) -> tuple[int, int]:
         """Return where cos and sin of that position lie, each (D,) float32."""
-        if position >= self._cos.shape[0]:
-            model = self._model()
-            assert model is not None
-            size = min(model.spec.context, max(256, 1 << position.bit_length()))
-            self._cos, self._sin = rotary_tables(model.spec, size)
         at = position * self._cos.stride(0) * self._cos.element_size()
         return self._cos.data_ptr() + at, self._sin.data_ptr() + at
 

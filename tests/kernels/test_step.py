@@ -7,6 +7,7 @@ standard deviation of the logits; the bounds are three to ten times the largest 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -111,6 +112,55 @@ def test_the_number_of_threads_changes_no_bit(form: str) -> None:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+SEVERAL = ["fp32", "bf16", "int8, rows", "int8, groups of 32", "int4, groups of 64"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "form"),
+    [(one, form) for one in ("gpt2", "qwen3") for form in SEVERAL if (one, form) in CASES],
+)
+def test_several_tokens_at_once_get_the_bits_of_each_alone(spec: str, form: str) -> None:
+    # 1 to 11 tokens a call, so that every tile is met, over three chunks of attention.
+    model = native(random_model(SPECS[spec]), FORMATS[form])
+    ids = some_ids(SPECS[spec], 150)
+    alone = stepped(model, ids)
+    step, cache, sizes = NativeStep(model), model.new_cache(len(ids)), itertools.cycle(range(1, 12))
+    found = []
+    while cache.length < len(ids):
+        some = ids[cache.length : cache.length + next(sizes)]
+        found.append(step.read(some, cache))
+    assert torch.equal(torch.cat(found), alone)
+    cache.truncate(100)
+    assert torch.equal(step.read(ids[100:], cache, last_only=True), alone[-1:])
+
+
+@pytest.mark.parametrize("form", SEVERAL)
+def test_several_texts_at_once_get_the_bits_of_each_alone(form: str) -> None:
+    model = native(random_model(SPECS["llama"]), FORMATS[form])
+    lengths = [1, 70, 3, 129, 64, 2, 90, 33, 5, 17]
+    texts = [some_ids(model.spec, 140)[-length:] for length in lengths]
+    step, wanted, caches = NativeStep(model), [], []
+    for text in texts:
+        cache, twin = model.new_cache(140), model.new_cache(150)
+        step.read(text, cache)
+        step.read(text, twin)
+        wanted.append(torch.stack([step(id, cache) for id in (4, 8, 15)]))
+        caches.append(twin)
+    found = [step.batch([id] * len(texts), caches) for id in (4, 8, 15)]
+    assert torch.equal(torch.stack(found, dim=1), torch.stack(wanted))
+
+
+def test_tokens_that_do_not_fit_are_refused_before_any_is_read() -> None:
+    model = random_model(SPECS["llama"])
+    step, cache, full = NativeStep(model), model.new_cache(10), model.new_cache(1)
+    with pytest.raises(ContextOverflow, match="11 positions do not fit into 10"):
+        step.read(range(11), cache)
+    step(1, full)
+    with pytest.raises(ContextOverflow):
+        step.batch([1, 2], [cache, full])
+    assert cache.length == 0
 
 
 def test_a_cache_that_was_cut_back_is_continued() -> None:

@@ -179,45 +179,69 @@ inline void packed_block(const Linear& l, int64_t block, const Integers& x, int6
   }
 }
 
-constexpr int ROWS_AT_ONCE = 4;
+constexpr int TILE = LANES == 16 ? 8 : 2;  // vectors whose sums the registers hold at once
 
-// Products of up to four rows of floats with x; of bf16, `x` has even columns and then odd ones.
-inline void fp32_rows(const float* w, int64_t columns, const float* x, int rows, float* y) {
-  F acc[ROWS_AT_ONCE] = {};
-  int64_t whole = columns / LANES * LANES;
-  const float* row[ROWS_AT_ONCE];
-  for (int r = 0; r < ROWS_AT_ONCE; r++) row[r] = w + (r < rows ? r : 0) * columns;
-  for (int64_t k = 0; k < whole; k += LANES) {
-    F xs = load<F>(x + k);
-    for (int r = 0; r < ROWS_AT_ONCE; r++) acc[r] += load<F>(row[r] + k) * xs;
-  }
-  for (int r = 0; r < rows; r++) {
-    y[r] = sum(acc[r]);
-    for (int64_t k = whole; k < columns; k++) y[r] += row[r][k] * x[k];
-  }
+// Rows of floats that are multiplied at once with so many vectors, as registers allow.
+constexpr int rows_at_once(int vectors, int sums) {
+  return vectors * sums > 8 ? 16 / (vectors * sums) : 4;
 }
 
-inline void bf16_rows(const uint16_t* w, int64_t columns, const float* x, int rows, float* y) {
-  F even[ROWS_AT_ONCE] = {}, odd[ROWS_AT_ONCE] = {};
-  int64_t pairs = columns / 2, whole = pairs / LANES * LANES;
-  const float* odds = x + (columns + 1) / 2;
-  const uint16_t* row[ROWS_AT_ONCE];
-  for (int r = 0; r < ROWS_AT_ONCE; r++) row[r] = w + (r < rows ? r : 0) * columns;
+// Products of up to ROWS rows of floats with VECTORS vectors, `stride` floats apart: y[v][r].
+template <int VECTORS, int ROWS>
+inline void fp32_rows(const float* w, int64_t columns, const float* x, int64_t stride, int rows,
+                      float (*y)[BLOCK], int at) {
+  F acc[VECTORS][ROWS] = {};
+  int64_t whole = columns / LANES * LANES;
+  const float* row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = w + (r < rows ? r : 0) * columns;
   for (int64_t k = 0; k < whole; k += LANES) {
-    F xs = load<F>(x + k), xo = load<F>(odds + k);
-    for (int r = 0; r < ROWS_AT_ONCE; r++) {
-      const uint16_t* at = row[r] + 2 * k;
-      prefetch(at + PREFETCH_BYTES / 2 / ROWS_AT_ONCE);
-      U both = load<U>(at);  // little-endian: the even column is the lower half
-      even[r] += bits<F>(both << 16) * xs;
-      odd[r] += bits<F>(both & 0xffff0000u) * xo;
+    F ws[ROWS];
+    for (int r = 0; r < ROWS; r++) ws[r] = load<F>(row[r] + k);
+    for (int v = 0; v < VECTORS; v++) {
+      F xs = load<F>(x + v * stride + k);
+      for (int r = 0; r < ROWS; r++) acc[v][r] += ws[r] * xs;
     }
   }
-  for (int r = 0; r < rows; r++) {
-    y[r] = sum(even[r] + odd[r]);
-    for (int64_t k = 2 * whole; k < columns; k++)
-      y[r] += widen(row[r][k]) * (k % 2 ? odds[k / 2] : x[k / 2]);
+  for (int v = 0; v < VECTORS; v++)
+    for (int r = 0; r < rows; r++) {
+      float found = sum(acc[v][r]);
+      for (int64_t k = whole; k < columns; k++) found += row[r][k] * x[v * stride + k];
+      y[v][at + r] = found;
+    }
+}
+
+// As above for bf16; a vector has its even columns and then its odd ones.
+template <int VECTORS, int ROWS>
+inline void bf16_rows(const uint16_t* w, int64_t columns, const float* x, int64_t stride, int rows,
+                      float (*y)[BLOCK], int at) {
+  F even[VECTORS][ROWS] = {}, odd[VECTORS][ROWS] = {};
+  int64_t pairs = columns / 2, whole = pairs / LANES * LANES, half = (columns + 1) / 2;
+  const uint16_t* row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = w + (r < rows ? r : 0) * columns;
+  for (int64_t k = 0; k < whole; k += LANES) {
+    F low[ROWS], high[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      const uint16_t* at_row = row[r] + 2 * k;
+      prefetch(at_row + PREFETCH_BYTES / 2 / ROWS);
+      U both = load<U>(at_row);  // little-endian: the even column is the lower half
+      low[r] = bits<F>(both << 16);
+      high[r] = bits<F>(both & 0xffff0000u);
+    }
+    for (int v = 0; v < VECTORS; v++) {
+      F xs = load<F>(x + v * stride + k), xo = load<F>(x + v * stride + half + k);
+      for (int r = 0; r < ROWS; r++) {
+        even[v][r] += low[r] * xs;
+        odd[v][r] += high[r] * xo;
+      }
+    }
   }
+  for (int v = 0; v < VECTORS; v++)
+    for (int r = 0; r < rows; r++) {
+      float found = sum(even[v][r] + odd[v][r]);
+      for (int64_t k = 2 * whole; k < columns; k++)
+        found += widen(row[r][k]) * x[v * stride + (k % 2 ? half : 0) + k / 2];
+      y[v][at + r] = found;
+    }
 }
 
 // Where the integer of a packed weight lies: a byte, and for int4 which half of it.
@@ -262,17 +286,18 @@ inline void copy_row(const Linear& l, int64_t row, float* to) {
   }
 }
 
-// One vector of activations, in every form that a layer multiplies.
+// Vectors of activations, in every form that a layer multiplies.
 struct Activation {
-  const float* floats;
-  float* halves;  // even columns, then odd ones
+  const float* floats;  // `stride` floats apart, as the halves are
+  float* halves;        // even columns, then odd ones
+  int64_t stride;
   Integers by32;
   Integers by64;
 };
 
-// What `layers`, which read the same vector, need of it.
-inline void prepare(Activation& a, const float* x, int64_t columns, const Linear* const* layers,
-                    int count) {
+// What `layers`, which read the same vectors, need of them.
+inline void prepare(Activation& a, const float* x, int64_t vectors, int64_t columns,
+                    const Linear* const* layers, int count) {
   bool halves = false, by32 = false, by64 = false;
   for (int i = 0; i < count; i++) {
     const Linear& l = *layers[i];
@@ -282,37 +307,55 @@ inline void prepare(Activation& a, const float* x, int64_t columns, const Linear
     by64 |= is_packed(l) && l.group == 64;
   }
   a.floats = x;
-  if (halves) {
-    float* odds = a.halves + (columns + 1) / 2;
-    for (int64_t k = 0; k < columns; k++) (k % 2 ? odds : a.halves)[k / 2] = x[k];
-  }
-  for (Integers* to : {&a.by32, &a.by64}) {
-    if (!(to == &a.by32 ? by32 : by64)) continue;
-    to->groups = groups_of(columns, to->group);
-    quantize(x, columns, *to, 0);
+  a.by32.groups = groups_of(columns, 32);
+  a.by64.groups = groups_of(columns, 64);
+  for (int64_t v = 0; v < vectors; v++) {
+    const float* from = x + v * a.stride;
+    if (halves) {
+      float *evens = a.halves + v * a.stride, *odds = evens + (columns + 1) / 2;
+      for (int64_t k = 0; k < columns; k++) (k % 2 ? odds : evens)[k / 2] = from[k];
+    }
+    if (by32) quantize(from, columns, a.by32, v);
+    if (by64) quantize(from, columns, a.by64, v);
   }
 }
 
-// 16 outputs of one vector, with the bias; those behind the last row are zero.
-inline void block_of(const Linear& l, int64_t block, const Activation& a, float* y) {
+// 16 outputs of VECTORS vectors from t on, with the bias; those behind the last row are zero.
+template <int VECTORS>
+inline void block_of_tile(const Linear& l, int64_t block, const Activation& a, int64_t t,
+                          float (*y)[BLOCK]) {
   int64_t first = block * BLOCK;
   int rows = int(l.rows - first < BLOCK ? l.rows - first : BLOCK);
   if (is_packed(l)) {
-    packed_block<1>(l, block, l.group == 32 ? a.by32 : a.by64, 0,
-                    reinterpret_cast<float(*)[BLOCK]>(y));
+    packed_block<VECTORS>(l, block, l.group == 32 ? a.by32 : a.by64, t, y);
   } else {
-    for (int r = 0; r < rows; r += ROWS_AT_ONCE) {
-      int some = rows - r < ROWS_AT_ONCE ? rows - r : ROWS_AT_ONCE;
-      int64_t from = (first + r) * l.columns;
-      if (l.format == FP32)
-        fp32_rows(static_cast<const float*>(l.weights) + from, l.columns, a.floats, some, y + r);
-      else
-        bf16_rows(static_cast<const uint16_t*>(l.weights) + from, l.columns, a.halves, some, y + r);
-    }
+    constexpr int WHOLE = rows_at_once(VECTORS, 1), HALVED = rows_at_once(VECTORS, 2);
+    int64_t from = first * l.columns, at = t * a.stride;
+    if (l.format == FP32)
+      for (int r = 0; r < rows; r += WHOLE)
+        fp32_rows<VECTORS, WHOLE>(static_cast<const float*>(l.weights) + from + r * l.columns,
+                                  l.columns, a.floats + at, a.stride,
+                                  rows - r < WHOLE ? rows - r : WHOLE, y, r);
+    else
+      for (int r = 0; r < rows; r += HALVED)
+        bf16_rows<VECTORS, HALVED>(static_cast<const uint16_t*>(l.weights) + from + r * l.columns,
+                                   l.columns, a.halves + at, a.stride,
+                                   rows - r < HALVED ? rows - r : HALVED, y, r);
   }
-  for (int r = rows; r < BLOCK; r++) y[r] = 0;
-  if (l.bias != nullptr)
-    for (int r = 0; r < rows; r++) y[r] += l.bias[first + r];
+  for (int v = 0; v < VECTORS; v++) {
+    for (int r = rows; r < BLOCK; r++) y[v][r] = 0;
+    if (l.bias != nullptr)
+      for (int r = 0; r < rows; r++) y[v][r] += l.bias[first + r];
+  }
+}
+
+// As above for any number of vectors; the weights are read once a tile.
+template <int VECTORS = TILE>
+inline void block_of(const Linear& l, int64_t block, const Activation& a, int64_t vectors,
+                     float (*y)[BLOCK], int64_t t = 0) {
+  for (; vectors - t >= VECTORS; t += VECTORS) block_of_tile<VECTORS>(l, block, a, t, y + t);
+  if constexpr (VECTORS > 1)
+    if (t < vectors) block_of<VECTORS / 2>(l, block, a, vectors, y, t);
 }
 
 }  // namespace gpt

@@ -1,4 +1,7 @@
-// The decode step: one token in, the logits after it out, in one call.
+// The decode step: a token in, the logits after it out, in one call.
+//
+// A call may have several tokens, of one text or of several: the weights are read once for all of
+// them, and each gets the bits that it would get alone.
 //
 // The C interface at the end is all that others see; gptcore/kernels/library.py mirrors its structs.
 // Every thread goes through the whole token: what is small (norms, quantizing) each computes for
@@ -55,7 +58,9 @@ struct Model {
   Linear head;
 };
 
-// What a step is asked: where it stands, and where it reads and writes.
+constexpr int64_t MOST_TOKENS = 8;  // of a call
+
+// One token of a call: where it stands, and where it reads and writes.
 struct Call {
   int64_t id;
   int64_t position;
@@ -64,7 +69,7 @@ struct Call {
   void* values;
   const float* cos;   // (D,), of this position; null where positions are learned
   const float* sin;
-  float* logits;      // (V,)
+  float* logits;      // (V,), null where they are not wanted
 };
 
 inline void normalise(const Norm& norm, const float* x, int64_t n, float* to) {
@@ -146,13 +151,14 @@ inline Integers integers(Room& room, int64_t vectors, int64_t columns, int group
 
 // What one thread needs for itself.
 struct Desk {
-  Desk(Room& room, int64_t most_columns, int64_t head_width, int64_t most_positions)
-      : vector(room.take<float>(most_columns)),
+  Desk(Room& room, int64_t stride, int64_t head_width, int64_t most_positions)
+      : vector(room.take<float>(MOST_TOKENS * stride)),
         query(room.take<float>(HEADS_AT_ONCE * head_width)),
         weights(room.take<float>(HEADS_AT_ONCE * most_positions)) {
-    activation.halves = room.take<float>(most_columns + 1);
-    activation.by32 = integers(room, 1, most_columns, 32);
-    activation.by64 = integers(room, 1, most_columns, 64);
+    activation.halves = room.take<float>(MOST_TOKENS * stride);
+    activation.stride = stride;
+    activation.by32 = integers(room, MOST_TOKENS, stride, 32);
+    activation.by64 = integers(room, MOST_TOKENS, stride, 64);
   }
 
   float* vector;
@@ -161,37 +167,57 @@ struct Desk {
   Activation activation;
 };
 
-// A model on its way through tokens: what all threads write and read.
+// A model on its way through tokens: what all threads write and read. Every vector of a token lies
+// `stride_` floats behind that of the token before.
 class Session {
  public:
   explicit Session(const Model& model) : m(model) {
-    most_columns_ = m.width;
+    stride_ = m.width;
     for (int64_t i = 0; i < m.layers; i++)
       for (const Linear* l : {&m.blocks[i].out, &m.blocks[i].down})
-        if (l->columns > most_columns_) most_columns_ = l->columns;
-    x_ = room_.take<float>(m.width + BLOCK);
-    q_ = room_.take<float>(most_columns_ + BLOCK);
-    k_ = room_.take<float>(m.kv_heads * m.head_width + BLOCK);
-    v_ = room_.take<float>(m.kv_heads * m.head_width + BLOCK);
-    inner_ = room_.take<float>(most_columns_ + BLOCK);
-    seen_ = {room_.take<float>(m.heads * MOST_CHUNKS), room_.take<float>(m.heads * MOST_CHUNKS),
+        if (l->columns > stride_) stride_ = l->columns;
+    stride_ = (stride_ + BLOCK + 15) / 16 * 16;
+    for (float** one : {&x_, &q_, &k_, &v_, &inner_})
+      *one = room_.take<float>(MOST_TOKENS * stride_);
+    for (Partial& one : seen_)
+      one = {room_.take<float>(m.heads * MOST_CHUNKS), room_.take<float>(m.heads * MOST_CHUNKS),
              room_.take<float>(m.heads * MOST_CHUNKS * m.head_width)};
   }
 
-  void step(const Call& call, int threads) {
-    int64_t chunk = chunk_of(call.position + 1, m.kv_heads);
+  // Calls that belong to one text stand in the order of their positions, which follow each other.
+  void step(const Call* calls, int64_t count, int threads) {
+    int64_t chunk = 0;
+    for (int64_t t = 0; t < count; t++) {
+      int64_t own = chunk_of(calls[t].position + 1, m.kv_heads);
+      chunk = chunk < own ? own : chunk;
+      enter(calls[t], t);
+    }
     if (int(desks_.size()) < threads || chunk + LANES > chunk_room_) make_desks(threads, chunk);
-    enter(call);
     Pool::of_this_process().run(threads, [&](int thread, Team& team) {
       for (int64_t layer = 0; layer < m.layers; layer++) {
         if (m.cache_is_bf16)
-          block<uint16_t>(call, layer, thread, team);
+          block<uint16_t>(calls, count, layer, thread, team);
         else
-          block<float>(call, layer, thread, team);
+          block<float>(calls, count, layer, thread, team);
       }
       Desk& desk = desks_[size_t(thread)];
-      normalise(m.norm, x_, m.width, desk.vector);
-      share_rows(desk, thread, team, desk.vector, m.width, {&m.head}, {call.logits});
+      float* logits[MOST_TOKENS];
+      int64_t wanted = 0;
+      for (int64_t t = 0; t < count; t++) {
+        if (calls[t].logits == nullptr) continue;
+        normalise(m.norm, x_ + t * stride_, m.width, desk.vector + wanted * stride_);
+        logits[wanted++] = calls[t].logits;
+      }
+      if (wanted == 0) return;
+      const Linear* head = &m.head;
+      prepare(desk.activation, desk.vector, wanted, m.width, &head, 1);
+      team.share(thread, blocks_of(m.head.rows), [&](int64_t i) {
+        float y[MOST_TOKENS][BLOCK];
+        block_of(m.head, i, desk.activation, wanted, y);
+        int64_t rows = m.head.rows - i * BLOCK < BLOCK ? m.head.rows - i * BLOCK : BLOCK;
+        for (int64_t t = 0; t < wanted; t++)
+          for (int64_t r = 0; r < rows; r++) logits[t][i * BLOCK + r] = y[t][r];
+      });
     });
   }
 
@@ -201,21 +227,29 @@ class Session {
     desks_.clear();
     desk_room_ = std::make_unique<Room>();
     for (int i = 0; i < threads; i++)
-      desks_.emplace_back(*desk_room_, most_columns_, m.head_width, chunk_room_);
+      desks_.emplace_back(*desk_room_, stride_, m.head_width, chunk_room_);
   }
 
-  // Put the token's embedding into the residual stream.
-  void enter(const Call& call) {
-    copy_row(m.embedding, call.id, x_);
+  // Put a token's embedding into the residual stream.
+  void enter(const Call& call, int64_t t) {
+    float* x = x_ + t * stride_;
+    copy_row(m.embedding, call.id, x);
     if (m.positions.weights == nullptr) return;
     copy_row(m.positions, call.position, q_);
-    for (int64_t i = 0; i < m.width; i++) x_[i] += q_[i];
+    for (int64_t i = 0; i < m.width; i++) x[i] += q_[i];
   }
 
-  // Multiply x with layers that read the same vector; an item is 16 rows of one of them.
-  void share_rows(Desk& desk, int thread, Team& team, const float* x, int64_t columns,
-                  std::initializer_list<const Linear*> layers, std::initializer_list<float*> to) {
-    prepare(desk.activation, x, columns, layers.begin(), int(layers.size()));
+  // Normalise the residual stream of every token, into the thread's vectors.
+  void normalise_all(const Norm& norm, int64_t count, Desk& desk) {
+    for (int64_t t = 0; t < count; t++)
+      normalise(norm, x_ + t * stride_, m.width, desk.vector + t * stride_);
+  }
+
+  // Multiply x with layers that read the same vectors; an item is 16 rows of one of them.
+  void share_rows(Desk& desk, int thread, Team& team, const float* x, int64_t count,
+                  int64_t columns, std::initializer_list<const Linear*> layers,
+                  std::initializer_list<float*> to) {
+    prepare(desk.activation, x, count, columns, layers.begin(), int(layers.size()));
     int64_t items = 0;
     for (const Linear* l : layers) items += blocks_of(l->rows);
     team.share(thread, items, [&](int64_t i) {
@@ -223,53 +257,71 @@ class Session {
       while (i >= blocks_of(layers.begin()[which]->rows))
         i -= blocks_of(layers.begin()[which++]->rows);
       const Linear& l = *layers.begin()[which];
-      float y[BLOCK];
-      block_of(l, i, desk.activation, y);
-      for (int64_t r = 0; r < BLOCK && i * BLOCK + r < l.rows; r++)
-        to.begin()[which][i * BLOCK + r] = y[r];
+      float y[MOST_TOKENS][BLOCK];
+      block_of(l, i, desk.activation, count, y);
+      for (int64_t t = 0; t < count; t++)
+        store_block(y[t], to.begin()[which] + t * stride_ + i * BLOCK);
     });
   }
 
   // As above, one layer, added to the residual stream.
-  void add_rows(Desk& desk, int thread, Team& team, const float* x, const Linear& l) {
+  void add_rows(Desk& desk, int thread, Team& team, const float* x, int64_t count,
+                const Linear& l) {
     const Linear* one = &l;
-    prepare(desk.activation, x, l.columns, &one, 1);
+    prepare(desk.activation, x, count, l.columns, &one, 1);
     team.share(thread, blocks_of(l.rows), [&](int64_t i) {
-      float y[BLOCK];
-      block_of(l, i, desk.activation, y);
-      for (int64_t r = 0; r < BLOCK && i * BLOCK + r < l.rows; r++) x_[i * BLOCK + r] += y[r];
+      float y[MOST_TOKENS][BLOCK];
+      block_of(l, i, desk.activation, count, y);
+      for (int64_t t = 0; t < count; t++) {
+        float* x_here = x_ + t * stride_ + i * BLOCK;
+        for (int64_t r = 0; r < BLOCK; r++) x_here[r] += y[t][r];
+      }
     });
   }
 
   template <typename T>
-  void block(const Call& call, int64_t layer, int thread, Team& team) {
+  void block(const Call* calls, int64_t count, int64_t layer, int thread, Team& team) {
     const Block& b = m.blocks[layer];
     Desk& desk = desks_[size_t(thread)];
-    normalise(b.attention_norm, x_, m.width, desk.vector);
-    share_rows(desk, thread, team, desk.vector, m.width, {&b.q, &b.k, &b.v}, {q_, k_, v_});
+    normalise_all(b.attention_norm, count, desk);
+    share_rows(desk, thread, team, desk.vector, count, m.width, {&b.q, &b.k, &b.v}, {q_, k_, v_});
     team.meet();
-    int64_t known = call.position + 1, chunk = chunk_of(known, m.kv_heads);
-    int64_t chunks = (known + chunk - 1) / chunk;
-    team.share(thread, m.kv_heads * chunks, [&](int64_t i) {
-      look_at<T>(call, b, layer, i / chunks, i % chunks, desk);
+    if (count > 1) {  // a token looks at those before it, which may be of this call
+      team.share(thread, count * m.kv_heads, [&](int64_t i) {
+        keep<T>(calls[i / m.kv_heads], b, layer, i % m.kv_heads, i / m.kv_heads, desk);
+      });
+      team.meet();
+    }
+    int64_t items[MOST_TOKENS], all = 0;
+    for (int64_t t = 0; t < count; t++) all += items[t] = m.kv_heads * chunks_of(calls[t]);
+    team.share(thread, all, [&](int64_t i) {
+      int64_t t = 0;
+      while (i >= items[t]) i -= items[t++];
+      int64_t chunks = chunks_of(calls[t]), group = i / chunks, chunk = i % chunks;
+      if (count == 1 && chunk == chunks - 1) keep<T>(calls[t], b, layer, group, t, desk);
+      look_at<T>(calls[t], b, layer, group, chunk, t, desk);
     });
     team.meet();
-    for (int64_t h = 0; h < m.heads; h++)
-      combine(seen_, h, chunks, m.head_width, desk.vector + h * m.head_width);
-    add_rows(desk, thread, team, desk.vector, b.out);
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t h = 0; h < m.heads; h++)
+        combine(seen_[t], h, chunks_of(calls[t]), m.head_width,
+                desk.vector + t * stride_ + h * m.head_width);
+    add_rows(desk, thread, team, desk.vector, count, b.out);
     team.meet();
-    normalise(b.mlp_norm, x_, m.width, desk.vector);
+    normalise_all(b.mlp_norm, count, desk);
     const Linear* both[] = {&b.up, &b.gate};
-    prepare(desk.activation, desk.vector, m.width, both, 2);
+    prepare(desk.activation, desk.vector, count, m.width, both, 2);
     team.share(thread, blocks_of(b.up.rows), [&](int64_t i) {
-      float up[BLOCK], gate[BLOCK] = {};
-      if (m.mlp == SWIGLU) block_of(b.gate, i, desk.activation, gate);
-      block_of(b.up, i, desk.activation, up);
-      activate(m.mlp, gate, up);
-      store_block(up, inner_ + i * BLOCK);
+      float up[MOST_TOKENS][BLOCK], gate[MOST_TOKENS][BLOCK];
+      if (m.mlp == SWIGLU) block_of(b.gate, i, desk.activation, count, gate);
+      block_of(b.up, i, desk.activation, count, up);
+      for (int64_t t = 0; t < count; t++) {
+        activate(m.mlp, gate[t], up[t]);
+        store_block(up[t], inner_ + t * stride_ + i * BLOCK);
+      }
     });
     team.meet();
-    add_rows(desk, thread, team, inner_, b.down);
+    add_rows(desk, thread, team, inner_, count, b.down);
     team.meet();
   }
 
@@ -277,48 +329,64 @@ class Session {
     std::memcpy(to, from, BLOCK * sizeof(float));
   }
 
-  // Let the query heads of key head `group` look at one chunk; the last one holds the new position.
+  int64_t chunks_of(const Call& call) const {
+    int64_t known = call.position + 1, size = chunk_of(known, m.kv_heads);
+    return (known + size - 1) / size;
+  }
+
+  // Where the keys (or values) of a key head begin.
+  template <typename T>
+  T* lane(void* cache, const Call& call, int64_t layer, int64_t group) const {
+    return static_cast<T*>(cache) + (layer * m.kv_heads + group) * call.capacity * m.head_width;
+  }
+
+  // Write key and value of token t's key head `group` into its cache.
+  template <typename T>
+  void keep(const Call& call, const Block& b, int64_t layer, int64_t group, int64_t t, Desk& desk) {
+    int64_t width = m.head_width, at = call.position * width;
+    T* keys = lane<T>(call.keys, call, layer, group) + at;
+    T* values = lane<T>(call.values, call, layer, group) + at;
+    const float* value = v_ + t * stride_ + group * width;
+    finish_head(k_ + t * stride_ + group * width, width, b.k_norm, m.qk_eps, call.cos, call.sin,
+                1.0f, desk.query);
+    for (int64_t i = 0; i < width; i++) {
+      store_float(keys + i, desk.query[i]);
+      store_float(values + i, value[i]);
+    }
+  }
+
+  // Let the query heads of token t's key head `group` look at one chunk of what is known.
   template <typename T>
   void look_at(const Call& call, const Block& b, int64_t layer, int64_t group, int64_t chunk,
-               Desk& desk) {
+               int64_t t, Desk& desk) {
     int64_t known = call.position + 1, width = m.head_width, size = chunk_of(known, m.kv_heads);
     int64_t begin = chunk * size, end = begin + size < known ? begin + size : known;
-    int64_t lane = (layer * m.kv_heads + group) * call.capacity * width;
-    T* keys = static_cast<T*>(call.keys) + lane;
-    T* values = static_cast<T*>(call.values) + lane;
-    if (end == known) {
-      finish_head(k_ + group * width, width, b.k_norm, m.qk_eps, call.cos, call.sin, 1.0f,
-                  desk.query);
-      for (int64_t i = 0; i < width; i++) {
-        store_float(keys + call.position * width + i, desk.query[i]);
-        store_float(values + call.position * width + i, v_[group * width + i]);
-      }
-    }
+    const T* keys = lane<T>(call.keys, call, layer, group);
+    const T* values = lane<T>(call.values, call, layer, group);
     int64_t last = (group + 1) * (m.heads / m.kv_heads);
     for (int64_t h = last - m.heads / m.kv_heads; h < last; h += HEADS_AT_ONCE) {
       int64_t heads = last - h < HEADS_AT_ONCE ? last - h : HEADS_AT_ONCE;
       for (int64_t i = 0; i < heads; i++)
-        finish_head(q_ + (h + i) * width, width, b.q_norm, m.qk_eps, call.cos, call.sin,
-                    1.0f / std::sqrt(float(width)), desk.query + i * width);
+        finish_head(q_ + t * stride_ + (h + i) * width, width, b.q_norm, m.qk_eps, call.cos,
+                    call.sin, 1.0f / std::sqrt(float(width)), desk.query + i * width);
       auto looking = heads == 4 ? look<4, T> : heads == 3 ? look<3, T> : heads == 2 ? look<2, T>
                                                                                      : look<1, T>;
       looking(desk.query, keys + begin * width, values + begin * width, width, end - begin,
-              desk.weights, chunk_room_, h, chunk, seen_);
+              desk.weights, chunk_room_, h, chunk, seen_[t]);
     }
   }
 
   const Model& m;
   Room room_;
-  int64_t most_columns_;
+  int64_t stride_;
   int64_t chunk_room_ = 0;  // positions that fit into a desk's weights, filled up to registers
   float *x_, *q_, *k_, *v_, *inner_;
-  Partial seen_;
+  Partial seen_[MOST_TOKENS];
   std::unique_ptr<Room> desk_room_;
   std::vector<Desk> desks_;
 };
 
-// Many vectors times one packed matrix. A tile is as many vectors as registers hold.
-constexpr int TILE = LANES == 16 ? 8 : 2;
+// Many vectors times one packed matrix.
 constexpr int64_t CACHED_BYTES = 1 << 20;  // of activations that stay near while rows go by
 
 template <int VECTORS>
@@ -426,10 +494,12 @@ void* gpt_open(const gpt::Model* model) {
 
 void gpt_close(void* session) { delete static_cast<gpt::Session*>(session); }
 
+int gpt_most_tokens() { return int(gpt::MOST_TOKENS); }
+
 // 0, or 1 where there is no memory.
-int gpt_step(void* session, const gpt::Call* call, int threads) {
+int gpt_step(void* session, const gpt::Call* calls, int64_t count, int threads) {
   try {
-    static_cast<gpt::Session*>(session)->step(*call, threads);
+    static_cast<gpt::Session*>(session)->step(calls, count, threads);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
