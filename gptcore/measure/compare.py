@@ -67,7 +67,7 @@ class Compare(Work):
         0.0,
         ge=0.0,
         le=1.0,
-        description="A wait of this share, added to all sides but A: it has to be found.",
+        description="Idle work of this share, added to all sides but A: it has to be found.",
     )
     accepted: tuple[str, ...] = Field(
         (), description="Conditions in which the sides may differ, by name, such as threads."
