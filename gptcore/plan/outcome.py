@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gptcore.errors import GptcoreError
-from gptcore.fit import gib
 from gptcore.plan import capacity as capacities
 from gptcore.plan import fits, memory, speed, training
 from gptcore.plan.assumptions import Assumptions, source, unit
@@ -118,9 +117,9 @@ class Outcome:
             (f"Size of {one.model}", [(name, f"{count:,}") for name, count in self.parts.items()]),
             (
                 f"Memory for {one.work} in {one.precision}, a device of {one.split.devices}",
-                [(name, gib(count)) for name, count in self.memory.by_part.items() if count]
-                + [("total", gib(self.memory.total))]
-                + [("usable", f"{gib(self.usable_bytes)} on {self.card.title}")]
+                [(name, gigabytes(count)) for name, count in self.memory.by_part.items() if count]
+                + [("total", gigabytes(self.memory.total))]
+                + [("usable", f"{gigabytes(self.usable_bytes)} on {self.card.title}")]
                 + [("fits", "yes" if self.fits else "no")]
                 if self.memory
                 else [("problem", self.memory_problem or "")],
@@ -254,6 +253,14 @@ def outcome(
         if device is None or problem is not None
         else capacity_of(one, spec, card, device),
     )
+
+
+def gigabytes(count: float) -> str:
+    """Return bytes in units of 10⁹, as cards are sold: ``352 GB``, ``1.32 GB``, ``45 MB``."""
+    if count < 1e9:
+        return f"{count / 1e6:,.0f} MB"
+    digits = 0 if count >= 1e11 else 1 if count >= 1e10 else 2
+    return f"{count / 1e9:,.{digits}f} GB"
 
 
 def needed(one: Assumptions, spec: ModelSpec, context: int, here: bool = False) -> memory.Memory:

@@ -7,9 +7,8 @@ import html
 import io
 from datetime import datetime
 
-from gptcore.fit import gib
 from gptcore.plan.assumptions import Assumptions, source, unit
-from gptcore.plan.outcome import Outcome
+from gptcore.plan.outcome import Outcome, gigabytes
 from gptcore.plan.shapes import formula
 
 COLORS = ("#3350d4", "#12a17c", "#d98a1f", "#8a5bd1", "#d5455a", "#7c8399")
@@ -132,11 +131,12 @@ def _bar(found: Outcome) -> str:
         for (_, count), color in colored
     )
     key = "".join(
-        f"<b style='background:{color}'></b>{html.escape(name)} {gib(count)}"
+        f"<b style='background:{color}'></b>{html.escape(name)} {gigabytes(count)}"
         for (name, count), color in colored
     )
     verdict = "fits" if found.fits else "does not fit"
     return (
         f"<div class=bar>{filled}</div><div class=key>{key}</div>"
-        f"<p>{gib(found.memory.total)} a device of {gib(found.usable_bytes)} usable: {verdict}.</p>"
+        f"<p>{gigabytes(found.memory.total)} a device of {gigabytes(found.usable_bytes)} usable: "
+        f"{verdict}.</p>"
     )

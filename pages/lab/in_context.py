@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import streamlit as st
 from pydantic import ValidationError
@@ -79,7 +80,13 @@ def header(wanted: Wanted) -> None:
         )
 
 
-def number(name: str, label: str, wanted: Wanted, step: float | int = 1) -> None:
+def number(
+    name: str,
+    label: str,
+    wanted: Wanted,
+    step: float | int = 1,
+    width: int | Literal["stretch"] = "stretch",
+) -> None:
     """Draw a field's number with its own range and help."""
     field = Wanted.model_fields[name]
     limits = {key: getattr(rule, key) for rule in field.metadata for key in ("ge", "le")
@@ -93,7 +100,7 @@ def number(name: str, label: str, wanted: Wanted, step: float | int = 1) -> None
         on_change=take,
         args=(name,),
         help=field.description,
-        width=150,
+        width=width,
     )
 
 
@@ -115,7 +122,7 @@ def builder(lab: Lab, wanted: Wanted) -> None:
             format_func=lambda name: "The items that ship" if name == "shipped" else name,
             on_change=take,
             args=("items",),
-            width=220,
+            width=190,
         )
         kinds = lab.item_kinds(wanted.items) if wanted.items in sets else ()
         st.multiselect(
@@ -125,6 +132,7 @@ def builder(lab: Lab, wanted: Wanted) -> None:
             on_change=take,
             args=("kinds",),
             placeholder="all",
+            width=150,
         )
         st.multiselect(
             "Examples",
@@ -133,8 +141,8 @@ def builder(lab: Lab, wanted: Wanted) -> None:
             on_change=take,
             args=("shots",),
         )
-        number("most_items", "Questions", wanted)
-        number("example_seed", "Seed", wanted)
+        number("most_items", "Questions", wanted, width=130)
+        number("example_seed", "Seed", wanted, width=120)
     left, right = st.columns(2)
     with left, st.popover("Items of my own", icon=":material/upload_file:"):
         st.file_uploader(
@@ -174,11 +182,16 @@ def rule(lab: Lab, wanted: Wanted) -> None:
                 on_change=take,
                 args=("chat",),
             )
-        with st.container(horizontal=True):
-            number("temperature", "Temperature", wanted, 0.1)
-            number("texts", "Texts", wanted)
-            number("max_new_tokens", "New tokens", wanted)
-            number("seed", "Seed", wanted)
+        for pair in (
+            (("temperature", "Temperature"), ("texts", "Texts")),
+            (
+                ("max_new_tokens", "New tokens"),
+                ("seed", "Seed"),
+            ),
+        ):
+            with st.container(horizontal=True):
+                for name, label in pair:
+                    number(name, label, wanted, 0.1 if name == "temperature" else 1)
     with right:
         st.segmented_control(
             "Rule",
@@ -193,7 +206,7 @@ def rule(lab: Lab, wanted: Wanted) -> None:
             key=bound(f"in_context_{wanted.rule}", getattr(wanted, wanted.rule), typed=True),
             on_change=take,
             args=(wanted.rule,),
-            height=220 if wanted.rule == "json_schema" else 122,
+            height=300 if wanted.rule == "json_schema" else 122,
             help={
                 "choices": "The text is one of these, a space before it allowed.",
                 "regex": "The whole text matches it. Rust's syntax: no look-around.",

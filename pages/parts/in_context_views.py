@@ -37,14 +37,11 @@ def few_shot(result: Result, run: Run) -> None:
             {
                 "Examples": [one["shots"] for one in shots],
                 "Right": [f"{one['right']} of {one['n']}" for one in shots],
-                "Accuracy": [shown.share(one["ratio"]) for one in shots],
                 "95 % interval": [
                     f"{shown.share(one['low'])} – {shown.share(one['high'])}" for one in shots
                 ],
-                f"Against {first}": [
-                    shown.UNKNOWN if one["p"] is None else f"{one['verdict']}, p = {one['p']:.3g}"
-                    for one in shots
-                ],
+                "p": [shown.UNKNOWN if one["p"] is None else f"{one['p']:.3g}" for one in shots],
+                f"Against {first}": [one["verdict"] or shown.UNKNOWN for one in shots],
             },
             hide_index=True,
             height="content",

@@ -101,33 +101,46 @@ def memory_bar(memory: Memory, usable: int) -> go.Figure:
     for color, (name, count) in zip(colors(), memory.by_part.items(), strict=False):
         if count:
             figure.add_bar(
-                x=[count / 2**30],
+                x=[count / 1e9],
                 y=[""],
                 name=name,
                 orientation="h",
                 marker={"color": color, "line": {"width": 1, "color": surface()}},
-                hovertemplate=f"{name}<br>{shown.size(count)}<extra></extra>",
+                hovertemplate=f"{name}<br>{shown.gigabytes(count)}<extra></extra>",
             )
     figure.add_vline(
-        x=usable / 2**30,
+        x=usable / 1e9,
         line={"width": 1.5, "dash": "dash", "color": GREY},
-        annotation_text=f"usable {shown.size(usable)}",
+        annotation_text=f"usable {shown.gigabytes(usable)}",
         annotation_position="top right" if 2 * usable < memory.total else "top left",
         annotation_yanchor="bottom",
         annotation_font_size=12,
     )
-    figure.update_xaxes(title_text="on one device, GiB", rangemode="tozero")
+    figure.update_xaxes(title_text="on one device, GB", rangemode="tozero")
     figure.update_yaxes(showticklabels=False, showgrid=False)
     return figure
 
 
 def memory_curve(
-    contexts: Sequence[int], memories: Sequence[Memory], usable: int, chosen: int
+    contexts: Sequence[int],
+    memories: Sequence[Memory],
+    usable: int,
+    chosen: int,
+    *,
+    slices: int = 1,
 ) -> go.Figure:
-    """Return how the memory of one device grows with the context."""
-    figure = _figure(300)
+    """Return how the memory of one device grows with the context.
+
+    Args:
+        contexts: drawn.
+        memories: one for each.
+        usable: bytes that a model may take.
+        chosen: the context that is planned for.
+        slices: of every layer; as high as the picture of them that stands beside it.
+    """
+    figure = _figure(max(300, 150 + 46 * min(slices, DRAWN_DEVICES)))
     for color, name in zip(colors(), memories[0].by_part, strict=False):
-        values = [one.by_part[name] / 2**30 for one in memories]
+        values = [one.by_part[name] / 1e9 for one in memories]
         if any(values):
             figure.add_scatter(
                 x=list(contexts),
@@ -136,10 +149,10 @@ def memory_curve(
                 stackgroup="all",
                 mode="lines",
                 line={"width": 0.75, "color": color},
-                hovertemplate=f"{name} %{{y:.3~f}} GiB<extra></extra>",
+                hovertemplate=f"{name} %{{y:.3~f}} GB<extra></extra>",
             )
     figure.add_hline(
-        y=usable / 2**30,
+        y=usable / 1e9,
         line={"width": 1.5, "dash": "dash", "color": GREY},
         annotation_text="usable",
         annotation_font_size=12,
@@ -148,7 +161,7 @@ def memory_curve(
     figure.update_layout(hovermode="x unified")
     _doublings(figure, contexts)
     figure.update_xaxes(title_text="context, tokens")
-    figure.update_yaxes(title_text="on one device, GiB", rangemode="tozero")
+    figure.update_yaxes(title_text="on one device, GB", rangemode="tozero")
     return figure
 
 

@@ -39,7 +39,7 @@ def chart(figure: go.Figure, key: str) -> None:
 def halves() -> tuple[DeltaGenerator, DeltaGenerator]:
     """Return two places side by side, one under the other where there is no room."""
     grid = st.grid(2, min_column_width=380, gap="small")
-    return grid.container(), grid.container()
+    return grid.container(height="stretch"), grid.container(height="stretch")
 
 
 def header() -> str:
@@ -111,7 +111,7 @@ def numbers(found: Outcome) -> None:
         st.metric(
             "All weights",
             shown.gigabytes(found.weights_bytes),
-            delta=f"{shown.size(found.weights_bytes)} in {found.assumptions.precision}",
+            delta=f"in {found.assumptions.precision}",
             delta_color="off",
             delta_arrow="off",
             border=True,
@@ -121,9 +121,9 @@ def numbers(found: Outcome) -> None:
         )
         st.metric(
             "KV cache, a token",
-            shown.size(found.kv_bytes_per_token)
-            if found.kv_bytes_per_token < 2**20
-            else f"{shown.three_digits(found.kv_bytes_per_token / 2**20)} MiB",
+            f"{shown.three_digits(found.kv_bytes_per_token / 1e6)} MB"
+            if found.kv_bytes_per_token >= 1e6
+            else f"{shown.three_digits(found.kv_bytes_per_token / 1e3)} kB",
             delta=f"{shown.whole(found.kv_bytes_per_token)} bytes",
             delta_color="off",
             delta_arrow="off",
@@ -133,8 +133,9 @@ def numbers(found: Outcome) -> None:
         )
         st.metric(
             f"Needed for {found.assumptions.work}",
-            shown.size(total),
-            delta=f"{'fits' if found.fits else 'does not fit'} in {shown.size(found.usable_bytes)}",
+            shown.gigabytes(total),
+            delta=f"{'fits' if found.fits else 'does not fit'} in "
+            f"{shown.gigabytes(found.usable_bytes)}",
             delta_color="green" if found.fits else "red",
             delta_arrow="off",
             border=True,
@@ -148,7 +149,7 @@ def draw_size(found: Outcome) -> None:
     """Draw parameters by part."""
     st.caption(shown.escaped(shapes.formula(found.spec)))
     left, right = halves()
-    with left, st.container(border=True):
+    with left, st.container(border=True, height="stretch"):
         st.markdown("**By part**")
         st.dataframe(
             {
@@ -173,7 +174,7 @@ def draw_size(found: Outcome) -> None:
         )
         if found.assumptions.model in shapes.PUBLISHED:
             published()
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.markdown("**The larger the model, the smaller the share of its embeddings**")
         drawn = {**GPT2, **GPT3}
         if found.assumptions.model not in drawn:
@@ -226,18 +227,22 @@ def draw_memory(found: Outcome) -> None:
         )
         chart(plan_charts.memory_bar(found.memory, found.usable_bytes), key="bar")
     left, right = halves()
-    with left, st.container(border=True):
+    with left, st.container(border=True, height="stretch"):
         st.markdown("**As the context grows**")
         longest = found.spec.context
         contexts = sorted({max(1, round(longest * 2 ** (-step / 2))) for step in range(15)})
         memories = [needed(one, found.spec, n, one.card == MACHINE) for n in contexts]
         chart(
             plan_charts.memory_curve(
-                contexts, memories, found.usable_bytes, min(one.context, longest)
+                contexts,
+                memories,
+                found.usable_bytes,
+                min(one.context, longest),
+                slices=one.tensor,
             ),
             key="growth",
         )
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.markdown("**Which device holds what**")
         held = memory.stages(found.spec, one.precision, one.split)
         chart(plan_charts.split_picture(held, one.tensor, one.data), key="split")
@@ -357,12 +362,12 @@ def draw_training(found: Outcome) -> None:
         for name in ("devices", "usd_per_hour", "watts", "pue", "carbon_g_per_kwh"):
             ask(name)
     left, right = halves()
-    with left, st.container(border=True):
+    with left, st.container(border=True, height="stretch"):
         st.markdown("**From one claim to the other**")
         chart(
             plan_charts.years_curve(made.flop, one.tflop_per_s, one.model, one.tokens), key="years"
         )
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.markdown("**Tokens for a size**")
         chart(plan_charts.token_budgets(PRESETS, found.spec, one.tokens), key="budgets")
     best_size, best_tokens = training.optimal_size(made.flop)
@@ -425,10 +430,10 @@ def draw_speed(found: Outcome) -> None:
             )
             st.metric("Prefill is bound by", first.bound, border=True, height="stretch")
         left, right = halves()
-        with left, st.container(border=True):
+        with left, st.container(border=True, height="stretch"):
             st.markdown("**Roofline**, one mark an operation")
             chart(plan_charts.roofline(found.device.rates, first, found.decode), key="roof")
-        with right, st.container(border=True):
+        with right, st.container(border=True, height="stretch"):
             st.markdown("**Where the time goes**")
             chart(plan_charts.step_times(first, found.decode), key="times")
         with st.expander("Every operation", icon=":material/table_rows:"):
@@ -498,7 +503,7 @@ def machine() -> None:
         )
         return
     left, right = halves()
-    with left, st.container(border=True):
+    with left, st.container(border=True, height="stretch"):
         chart(plan_charts.against_measured(found), key="measured")
         wrong = shown.share(found.median_error)
         held = (
@@ -511,7 +516,7 @@ def machine() -> None:
             f"Median error {wrong} over {len(found.setups)} set-ups.{held}"
             + (f" Runs left out: {left_out}." if left_out else "")
         )
-    with right, st.container(border=True):
+    with right, st.container(border=True, height="stretch"):
         st.dataframe(
             {
                 "Set-up": [f"{one.model} {one.precision}" for one in found.setups],
