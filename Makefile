@@ -81,7 +81,7 @@ $(VENV)/.run-ready: requirements.txt constraints.txt | $(VENV)/.made
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.test-ready: requirements-test.txt requirements-postgres.txt $(VENV)/.run-ready
+$(VENV)/.test-ready: requirements-test.txt requirements-export.txt requirements-postgres.txt $(VENV)/.run-ready
 	@echo "Installing requirements-test.txt ..."
 	@$(PIP) -r requirements-test.txt
 	@touch $@

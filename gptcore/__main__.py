@@ -27,7 +27,17 @@ from pydantic import ValidationError
 
 from gptcore import __version__
 from gptcore.catalogue import ModelEntry
-from gptcore.cli import corpus, evaluate, measuring, optimizing, regress, runs, train
+from gptcore.cli import (
+    corpus,
+    evaluate,
+    exporting,
+    in_context,
+    measuring,
+    optimizing,
+    regress,
+    runs,
+    train,
+)
 from gptcore.cli.terminal import (
     REFUSED,
     Unread,
@@ -370,6 +380,10 @@ def _parser() -> argparse.ArgumentParser:
         commands, "prove", optimizing.prove, "hold a variant against its baseline on every axis"
     )
     optimizing.add_prove_arguments(proven)
+    carried = _command(
+        commands, "export", exporting.export_variant, "write a variant for another program"
+    )
+    exporting.add_arguments(carried)
 
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(
         required=True, metavar="WHAT"
@@ -378,10 +392,6 @@ def _parser() -> argparse.ArgumentParser:
         evaluations, "perplexity", evaluate.perplexity, "perplexity, alone or against another"
     )
     evaluate.add_arguments(scored)
-
-    kept_runs = commands.add_parser("runs", help="what is in the database")
-    verbs = kept_runs.add_subparsers(required=True, metavar="VERB")
-    runs.add_list_arguments(_command(verbs, "list", runs.listed, "list runs, newest first"))
     asked = _command(
         evaluations, "tasks", evaluate.tasks, "multiple-choice items, alone or against another"
     )
@@ -390,6 +400,16 @@ def _parser() -> argparse.ArgumentParser:
         evaluations, "texts", evaluate.texts, "BLEU, chrF, ROUGE, METEOR of written texts"
     )
     evaluate.add_texts_arguments(judged)
+    shown = _command(
+        evaluations, "few-shot", in_context.few_shot, "accuracy over the examples in the prompt"
+    )
+    in_context.add_few_shot_arguments(shown)
+    held = _command(commands, "constrain", in_context.constrain, "texts that follow a rule")
+    in_context.add_constrain_arguments(held)
+
+    kept_runs = commands.add_parser("runs", help="what is in the database")
+    verbs = kept_runs.add_subparsers(required=True, metavar="VERB")
+    runs.add_list_arguments(_command(verbs, "list", runs.listed, "list runs, newest first"))
     _command(verbs, "show", runs.show, "show one run").add_argument("id")
     runs.add_export_arguments(_command(verbs, "export", runs.export, "write runs into a file"))
     brought = _command(verbs, "import", runs.bring_in, "read runs from a file")

@@ -89,6 +89,7 @@ def _dense(module: nn.Module) -> tuple[Tensor, Tensor | None, str | None]:
     """Return weight and bias of a layer or an embedding, and what was done to have them."""
     from torch import nn
 
+    from gptcore.kernels.linear import NativeLinear
     from gptcore.linears.clustered import PackedClusteredLinear
     from gptcore.linears.embedding import PackedEmbedding
     from gptcore.linears.fp8 import Fp8Linear
@@ -112,7 +113,8 @@ def _dense(module: nn.Module) -> tuple[Tensor, Tensor | None, str | None]:
     if isinstance(module, PackedClusteredLinear):
         return module.dense(), module.bias, float_layers
     assert isinstance(module, PackedLinear | Fp8Linear), type(module)
-    if isinstance(module, Int8Linear | Int8MatmulLinear | StaticInt8Linear | Fp8Linear):
+    eight = Int8Linear | Int8MatmulLinear | StaticInt8Linear | NativeLinear | Fp8Linear
+    if isinstance(module, eight):
         return (
             module.dequantized(),
             module.bias,

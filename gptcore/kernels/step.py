@@ -306,7 +306,11 @@ _STEPS: weakref.WeakKeyDictionary[GPT, NativeStep] = weakref.WeakKeyDictionary()
 
 
 def _rows(module: nn.Module) -> int:
-    return module.rows if isinstance(module, NativeLinear) else len(cast(Tensor, module.weight))
+    if isinstance(module, NativeLinear):
+        return module.rows
+    if not isinstance(module, nn.Linear):
+        raise Unsupported(f"it does not know a layer of the kind {type(module).__name__}.")
+    return module.out_features
 
 
 def _dtype(model: GPT) -> torch.dtype:
