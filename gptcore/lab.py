@@ -42,6 +42,7 @@ from gptcore.host.client import Held, HostClient, LiveRun, Order
 from gptcore.host.regress import Regress as Regress
 from gptcore.host.regress import regression
 from gptcore.host.works import WORKS, work_from_json
+from gptcore.measure.apart import Apart as Apart
 from gptcore.measure.calibration import with_text
 from gptcore.measure.compare import Compare as Compare
 from gptcore.measure.corpora import add_text, texts

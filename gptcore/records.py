@@ -315,6 +315,7 @@ class RunKind(StrEnum):
     EXPLAIN = "explain"
     TASKS = "tasks"
     TEXTS = "texts"
+    APART = "apart"
     FEW_SHOT = "few_shot"
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from gptcore.errors import InvalidInput
 from gptcore.explain.work import Explain
 from gptcore.host.regress import Regress
+from gptcore.measure.apart import Apart
 from gptcore.measure.bench import Bench
 from gptcore.measure.compare import Compare
 from gptcore.measure.evaluate import Evaluate
@@ -25,6 +26,7 @@ from gptcore.work import Work
 WORKS: Mapping[RunKind, type[Work]] = {
     one.kind: one
     for one in (
+        Apart,
         Bench,
         Compare,
         Estimate,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from gptcore.errors import GptcoreError
 from gptcore.lab import Lab, Snapshot
 from gptcore.records import Choice, Run, RunKind, RunState, Token, Vote
-from pages.parts import compare_charts, errors, settings
+from pages.parts import compare_apart, compare_charts, errors, settings
 from pages.parts import format as shown
 from pages.parts.compare_state import (
     BATCHES,
@@ -304,7 +304,9 @@ def comparison(lab: Lab, run_id: str, was_active: bool) -> None:
                     errors.show(f"{side['side']}: {side['problem']}")
         return
     if result.get("baseline"):
-        found_slower = "Slower than the baseline" if result["regressed"] else "No slowdown was found"
+        found_slower = (
+            "Slower than the baseline" if result["regressed"] else "No slowdown was found"
+        )
         st.caption(
             f":material/flag: A is the baseline, run {shown.escaped(result['baseline'])}. "
             + (f"{found_slower}. " if run.state.final else "")
@@ -459,19 +461,22 @@ def texts(lab: Lab, wanted: Wanted) -> None:
     if not found:
         st.caption(":material/info: Nothing is written yet.")
         return
-    active = any(not one.run.state.final for one in found)
+    active = any(not one.run.state.final for one in found) or compare_apart.reading(lab, runs)
     st.fragment(errors.guarded(written), run_every=TICK_S if active else None)(lab, runs, active)
 
 
 def written(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
     """Draw text beside text, with the first token in which each leaves A's."""
     found = [snapshot for run_id in runs if (snapshot := lab.snapshot(run_id))]
-    if was_active and all(one.run.state.final for one in found):
+    busy = any(not one.run.state.final for one in found)
+    if was_active and not busy and not compare_apart.reading(lab, runs):
         st.rerun()
     for one in found:
         lab.watch(one.run.id, settings.session_id())
     base = found[0]
-    for letter, column, one in zip(LETTERS, st.columns(len(found)), found, strict=False):
+    compare_apart.controls(lab, runs, found)
+    for side, (column, one) in enumerate(zip(st.columns(len(found)), found, strict=True)):
+        letter = LETTERS[side]
         with column.container(border=True):
             run = one.run
             st.caption(f"**{letter}** · {shown.escaped(run.model)} {run.precision}")
@@ -482,6 +487,7 @@ def written(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
                 busy=not run.state.final,
                 key=f"text_{letter}",
                 mark=apart,
+                apart=compare_apart.nats(lab, runs, side),
             )
             if run.state in (RunState.FAILED, RunState.INTERRUPTED):
                 errors.show(run.error or str(run.state))

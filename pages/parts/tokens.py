@@ -22,6 +22,8 @@ _CSS = """
 .token { border-radius: 3px; cursor: default; outline: none; }
 .token.unusual { background: color-mix(in srgb, var(--st-orange-color)
   calc(var(--surprise) * 1%), transparent); }
+.token.apart { background: color-mix(in srgb, var(--st-violet-color)
+  calc(var(--far) * 1%), transparent); }
 .token.forced { text-decoration: underline dotted
   color-mix(in srgb, var(--st-text-color) 45%, transparent); text-underline-offset: 0.25em; }
 .token:hover, .token:focus-visible { box-shadow: 0 0 0 2px var(--st-primary-color); }
@@ -66,6 +68,7 @@ def token_text(
     key: str,
     before: str = "",
     mark: int | None = None,
+    apart: Sequence[float] = (),
     on_branch: Callable[[], None] = lambda: None,
 ) -> None:
     """Draw the tokens of a run; ``branched`` tells ``on_branch`` which alternative was clicked.
@@ -79,6 +82,7 @@ def token_text(
         key: of this drawing on its page.
         before: text that stands dimmed before the first token.
         mark: index of a token with a frame around it.
+        apart: nats before each token by which another variant is apart; they then give the colour.
         on_branch: called after a click on an alternative.
     """
     data = {
@@ -87,6 +91,7 @@ def token_text(
         "before": before,
         "mark": mark,
         "tokens": [_packed(one, with_alternatives=not busy) for one in tokens],
+        "apart": [round(one, 4) for one in apart],
     }
     _mount(data=data, key=key, on_branch_change=on_branch)
 

@@ -159,7 +159,7 @@ def test_a_delay_really_takes_its_time(model: GPT, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(GPT, "forward", forward)
     times = once(model, CELLS[0], delay_ratio=0.25, clock=clock)
-    assert (times.prefill_s, times.decode_s) == pytest.approx((1.25, 3.75), rel=1e-3)
+    assert (times.prefill_s, times.decode_s) == pytest.approx((1.25, 3.75), rel=1e-2)
 
 
 def test_a_request_draws_every_token_of_every_sequence(

@@ -4,6 +4,7 @@
 import { bar, element, percent, visible } from "./pieces.js"
 
 const UNUSUAL = 0.55 // tokens that the model expected less than this are coloured
+const FAR = 1 // nats between two variants from which the colour is full
 const instances = new WeakMap()
 
 function span(token, index) {
@@ -54,6 +55,10 @@ function show(state, index) {
     element("span", "dim", token.f ? "given" : `${percent(token.r)} · ${percent(token.s)}`),
   )
   state.box.replaceChildren(head)
+  if (state.apart[index] !== undefined) {
+    const nats = state.apart[index].toPrecision(2)
+    state.box.append(element("div", "foot", `${nats} nats between the two variants before it`))
+  }
   if (token.a?.length) {
     const rows = token.a.map((other) => row(state, index, token, other))
     const foot = "model: its own probability; drawn: after the samplers. Click one to write on."
@@ -98,7 +103,7 @@ function create(parent) {
   const box = element("div", "box")
   box.popover = "manual"
   root.replaceChildren(text, box)
-  const state = { text, box, tokens: [], run: null, busy: false, branch: () => {}, leaving: 0 }
+  const state = { text, box, tokens: [], apart: [], run: null, busy: false, branch: () => {}, leaving: 0 }
   const over = (event) => {
     const index = event.target.dataset?.index
     if (index !== undefined) show(state, Number(index))
@@ -130,6 +135,13 @@ export function draw({ data, parentElement, setTriggerValue }) {
   for (const made of state.text.querySelectorAll(".mark")) made.classList.remove("mark")
   if (data.mark !== null) state.text.children[data.mark + 1]?.classList.add("mark")
   state.text.classList.toggle("busy", data.busy)
+  state.apart = data.apart
+  data.tokens.forEach((_, i) => {
+    const made = state.text.children[i + 1]
+    const far = Math.min(1, Math.sqrt((data.apart[i] ?? 0) / FAR))
+    made.style.setProperty("--far", Math.round(65 * far))
+    made.classList.toggle("apart", data.apart[i] !== undefined)
+  })
 }
 
 export function remove(parentElement) {
