@@ -79,6 +79,7 @@ inline void score(const float* q, const T* keys, const T* values, int64_t width,
   int64_t whole = width / LANES * LANES;
   for (int64_t s = 0; s < count; s += POSITIONS_AT_ONCE) {
     const T* key[POSITIONS_AT_ONCE];
+    GPT_UNROLL
     for (int j = 0; j < POSITIONS_AT_ONCE; j++)
       key[j] = keys + (s + j < count ? s + j : count - 1) * width;
     const char* ahead = reinterpret_cast<const char*>(keys + s * width) + AHEAD_BYTES;
@@ -90,14 +91,19 @@ inline void score(const float* q, const T* keys, const T* values, int64_t width,
       }
     F acc[HEADS][POSITIONS_AT_ONCE] = {};
     for (int64_t i = 0; i < whole; i += LANES)
+      GPT_UNROLL
       for (int j = 0; j < POSITIONS_AT_ONCE; j++) {
         F k = load_floats(key[j] + i);
+        GPT_UNROLL
         for (int h = 0; h < HEADS; h++) acc[h][j] += load<F>(q + h * width + i) * k;
       }
+    GPT_UNROLL
     for (int h = 0; h < HEADS; h++)
       store(scores + h * stride + s, sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]));
     if (whole == width) continue;
+    GPT_UNROLL
     for (int h = 0; h < HEADS; h++)
+      GPT_UNROLL
       for (int j = 0; j < POSITIONS_AT_ONCE; j++)
         for (int64_t i = whole; i < width; i++)
           scores[h * stride + s + j] += q[h * width + i] * load_float(key[j] + i);
@@ -110,11 +116,15 @@ inline void gather(const float* weights, int64_t stride, const T* values, int64_
                    int64_t count, int64_t i, float* to, int64_t to_stride) {
   F acc[HEADS][N] = {};
   for (int64_t s = 0; s < count; s++)
+    GPT_UNROLL
     for (int n = 0; n < N; n++) {
       F value = load_floats(values + s * width + i + n * LANES);
+      GPT_UNROLL
       for (int h = 0; h < HEADS; h++) acc[h][n] += all(weights[h * stride + s]) * value;
     }
+  GPT_UNROLL
   for (int h = 0; h < HEADS; h++)
+    GPT_UNROLL
     for (int n = 0; n < N; n++) store(to + h * to_stride + i + n * LANES, acc[h][n]);
 }
 
@@ -145,6 +155,7 @@ inline void look(const float* q, const T* keys, const T* values, int64_t width, 
                  float* weights, int64_t stride, int64_t head, int64_t chunk, const Partial& to) {
   score<HEADS>(q, keys, values, width, count, weights, stride);
   int64_t first = head * MOST_CHUNKS + chunk;
+  GPT_UNROLL
   for (int h = 0; h < HEADS; h++) {
     int64_t at = first + h * MOST_CHUNKS;
     soften(weights + h * stride, count, to.most[at], to.total[at]);
@@ -156,6 +167,7 @@ inline void look(const float* q, const T* keys, const T* values, int64_t width, 
   for (; i + LANES <= width; i += LANES)
     gather<HEADS, 1>(weights, stride, values, width, count, i, out, out_stride);
   for (; i < width; i++)
+    GPT_UNROLL
     for (int h = 0; h < HEADS; h++) {
       float acc = 0;
       for (int64_t s = 0; s < count; s++)

@@ -129,17 +129,21 @@ inline void packed_block(const Linear& l, int64_t block, const Integers& x, int6
   F acc[VECTORS][PARTS] = {};
   for (int64_t g = 0; g < groups; g++) {
     I high[VECTORS][PARTS] = {}, low[VECTORS][PARTS];
+    GPT_UNROLL
     for (int v = 0; v < VECTORS; v++)
+      GPT_UNROLL
       for (int p = 0; p < PARTS; p++)
         low[v][p] = all(-RESIDUE_OF_CODES * x.sums[(t + v) * groups + g]);
     const int8_t* xh = x.high + (t * groups + g) * group;
     const int8_t* xl = x.low + (t * groups + g) * group;
     for (int k = 0; k < group; k += WIDE ? 4 : 8, w += 64) {
       prefetch(w + PREFETCH_BYTES);
+      GPT_UNROLL
       for (int p = 0; p < PARTS; p++) {
         Bytes read = load<Bytes>(w + p * 4 * LANES);
         Bytes first = WIDE ? read : read & 15;
         Bytes second = bits<Bytes>(bits<U>(read) >> 4) & 15;
+        GPT_UNROLL
         for (int v = 0; v < VECTORS; v++) {
           const int64_t at = v * groups * group + k;
           high[v][p] = dot<WIDE>(high[v][p], first, xh + at);
@@ -150,10 +154,12 @@ inline void packed_block(const Linear& l, int64_t block, const Integers& x, int6
         }
       }
     }
+    GPT_UNROLL
     for (int p = 0; p < PARTS; p++) {
       const char* of_group = scales + g * BLOCK * (WIDE ? 2 : 4) + p * LANES * 2;
       F scale = FORMAT == INT8_ROWS ? F{} : widen(load<Half>(of_group));
       F zero = WIDE ? F{} : widen(load<Half>(of_group + BLOCK * 2));
+      GPT_UNROLL
       for (int v = 0; v < VECTORS; v++) {
         // At most 64 · 255 · 127 · 256 = 5.3e8 and the residue, less than 2^31.
         F total = as_float((high[v][p] << 8) + low[v][p]);
@@ -163,8 +169,10 @@ inline void packed_block(const Linear& l, int64_t block, const Integers& x, int6
       }
     }
   }
+  GPT_UNROLL
   for (int p = 0; p < PARTS; p++) {
     F scale = FORMAT == INT8_ROWS ? load<F>(scales + p * LANES * 4) : all(1.0f);
+    GPT_UNROLL
     for (int v = 0; v < VECTORS; v++) store(y[v] + p * LANES, acc[v][p] * scale);
   }
 }
@@ -193,15 +201,20 @@ inline void fp32_rows(const float* w, int64_t columns, const float* x, int64_t s
   F acc[VECTORS][ROWS] = {};
   int64_t whole = columns / LANES * LANES;
   const float* row[ROWS];
+  GPT_UNROLL
   for (int r = 0; r < ROWS; r++) row[r] = w + (r < rows ? r : 0) * columns;
   for (int64_t k = 0; k < whole; k += LANES) {
     F ws[ROWS];
+    GPT_UNROLL
     for (int r = 0; r < ROWS; r++) ws[r] = load<F>(row[r] + k);
+    GPT_UNROLL
     for (int v = 0; v < VECTORS; v++) {
       F xs = load<F>(x + v * stride + k);
+      GPT_UNROLL
       for (int r = 0; r < ROWS; r++) acc[v][r] += ws[r] * xs;
     }
   }
+  GPT_UNROLL
   for (int v = 0; v < VECTORS; v++)
     for (int r = 0; r < rows; r++) {
       float found = sum(acc[v][r]);
@@ -217,9 +230,11 @@ inline void bf16_rows(const uint16_t* w, int64_t columns, const float* x, int64_
   F even[VECTORS][ROWS] = {}, odd[VECTORS][ROWS] = {};
   int64_t pairs = columns / 2, whole = pairs / LANES * LANES, half = (columns + 1) / 2;
   const uint16_t* row[ROWS];
+  GPT_UNROLL
   for (int r = 0; r < ROWS; r++) row[r] = w + (r < rows ? r : 0) * columns;
   for (int64_t k = 0; k < whole; k += LANES) {
     F low[ROWS], high[ROWS];
+    GPT_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const uint16_t* at_row = row[r] + 2 * k;
       prefetch(at_row + PREFETCH_BYTES / 2 / ROWS);
@@ -227,14 +242,17 @@ inline void bf16_rows(const uint16_t* w, int64_t columns, const float* x, int64_
       low[r] = bits<F>(both << 16);
       high[r] = bits<F>(both & 0xffff0000u);
     }
+    GPT_UNROLL
     for (int v = 0; v < VECTORS; v++) {
       F xs = load<F>(x + v * stride + k), xo = load<F>(x + v * stride + half + k);
+      GPT_UNROLL
       for (int r = 0; r < ROWS; r++) {
         even[v][r] += low[r] * xs;
         odd[v][r] += high[r] * xo;
       }
     }
   }
+  GPT_UNROLL
   for (int v = 0; v < VECTORS; v++)
     for (int r = 0; r < rows; r++) {
       float found = sum(even[v][r] + odd[v][r]);

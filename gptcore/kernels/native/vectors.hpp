@@ -13,6 +13,13 @@
 #include <arm_neon.h>
 #endif
 
+// Before a loop over the members of an array that shall lie in registers.
+#if defined(__clang__)
+#define GPT_UNROLL _Pragma("unroll")
+#else
+#define GPT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace gpt {
 
 #if defined(GPT_AVX512)
