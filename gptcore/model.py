@@ -245,6 +245,8 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         self.cache_kind: Callable[..., KVCache] = KVCache
         """What makes a cache; a pass may put one of fewer bits here."""
+        self.native = True
+        """Whether decode may be computed by our own library; a pass may want torch's operations."""
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def forward(

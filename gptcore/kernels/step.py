@@ -287,6 +287,8 @@ def adopt(model: GPT) -> NativeStep | str:
     _STEPS.pop(model, None)
     if (device := next(model.norm.parameters()).device.type) != "cpu":
         return f"the native step is for CPUs, not for {device}."
+    if not model.native:
+        return "the recipe leaves the native step out."
     if reason := unavailable():
         return reason
     take_over(model)

@@ -63,6 +63,10 @@ ROUNDING = {"cluster", "fp8", "int3", "int4", "int8", "int8_static", "int8_weigh
 ROUNDING |= {"mixed_bits"}
 
 
+ELSEWHERE = (passes()["trim"](vocabulary="text"), passes()["runtime"](compile=True))
+"""A cut vocabulary needs a tokenizer, and compiling half a minute: see their own tests."""
+
+
 def choices(kind: type[Pass]) -> Iterator[Pass]:
     """Yield the pass as it comes, and with each field at its other choices."""
     yield kind()
@@ -98,9 +102,9 @@ EVERY = [
     for one in choices(kind)
     for name, spec in SHAPES.items()
     if (one == kind() or name == "llama")
-    if placement_of(one, spec) and not (one.name == "trim" and one.needs_calibration)
+    if placement_of(one, spec) and one not in ELSEWHERE
 ]
-"""All choices on one shape, each pass on both. A cut vocabulary needs a tokenizer: test_trim.py."""
+"""All choices on one shape, each pass on both."""
 every = pytest.mark.parametrize(("one", "spec"), EVERY)
 
 
