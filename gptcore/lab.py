@@ -50,6 +50,7 @@ from gptcore.measure.evaluate import Evaluate as Evaluate
 from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
 from gptcore.measure.peaks import known_flops
+from gptcore.measure.perplexity import Windowing as Windowing
 from gptcore.measure.rating import Ratings, rate
 from gptcore.measure.report import comparison_page
 from gptcore.measure.roofline import Reached as Reached

@@ -16,6 +16,7 @@ from gptcore.lab import Lab, Snapshot
 from gptcore.records import Choice, Run, RunKind, RunState, Token, Vote
 from pages.parts import compare_apart, compare_charts, errors, settings
 from pages.parts import format as shown
+from pages.parts.compare_quality import ADDRESS, quality
 from pages.parts.compare_state import (
     BATCHES,
     LETTERS,
@@ -33,7 +34,7 @@ from pages.parts.settings import NAMED_PRECISIONS, bound
 from pages.parts.tokens import token_text
 
 TICK_S = 0.25
-VIEWS = ("Speed", "Texts", "Blind vote")
+VIEWS = ("Speed", "Quality", "Texts", "Blind vote")
 MAX_TTFT_RUNS = 50
 WORDS = {
     "faster": ":material/trending_up: Faster",
@@ -660,7 +661,7 @@ def draw() -> None:
             "View",
             VIEWS,
             key="compare_view",
-            default=VIEWS[0],
+            default="Quality" if ADDRESS in st.query_params else VIEWS[0],
             required=True,
             label_visibility="collapsed",
         )
@@ -673,7 +674,7 @@ def draw() -> None:
     if problem := said():
         errors.show(problem)
     sides(lab, wanted)
-    view = {"Speed": speed, "Texts": texts, "Blind vote": blind}
+    view = {"Speed": speed, "Quality": quality, "Texts": texts, "Blind vote": blind}
     view[st.session_state["compare_view"]](lab, wanted)
     write_address(current())
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import streamlit as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptcore.lab import Cell, Compare, Lab, StopRule
+from gptcore.errors import InvalidInput
+from gptcore.lab import Cell, Compare, Evaluate, Lab, StopRule, Tasks, Texts, Windowing
 from gptcore.recipe import Variant
 from gptcore.records import Request, RunKind, Sampling
+from gptcore.work import Work
 from pages.parts import errors, permalink, settings
 from pages.parts.services import lab as shared_lab
 
@@ -20,6 +23,7 @@ ADDRESS = "c"
 RESULT = "result"
 """The name in the address of a measured comparison, which never changes again."""
 LETTERS = "ABCD"
+SHIPPED_TEXT = "evaluation"
 BATCHES = (1, 2, 4, 8, 16, 32)
 
 
@@ -47,6 +51,24 @@ class Wanted(BaseModel):
     batches: tuple[int, ...] = Field((1,), min_length=1, max_length=len(BATCHES))
     max_pairs: int = settings.as_in(StopRule, "max_pairs")
     half_width: float | None = settings.as_in(StopRule, "half_width")
+    quality: Literal["Perplexity", "Tasks", "Texts"] = "Perplexity"
+    alone: bool = False
+    text: str = Field(SHIPPED_TEXT, min_length=1, max_length=64)
+    window: int = Field(
+        256, ge=2, le=8192, description=Windowing.model_fields["window"].description
+    )
+    stride: int = Field(0, ge=0, le=8192, description=Windowing.model_fields["stride"].description)
+    max_tokens: int = Field(
+        2000, ge=0, le=1_000_000, description=Windowing.model_fields["max_tokens"].description
+    )
+    items: str = Field(Tasks.model_fields["items"].default, min_length=1, max_length=64)
+    kinds: tuple[str, ...] = Field((), max_length=100)
+    examples: int = settings.as_in(Tasks, "examples")
+    pairs: str = Field("", max_length=64)
+    answer_tokens: int = Field(
+        48, ge=1, le=4096, description=Texts.model_fields["max_new_tokens"].description
+    )
+    chat: bool = False
 
     def variants(self, lab: Lab) -> tuple[Variant, ...]:
         """Return the variant of each side.
@@ -85,6 +107,63 @@ class Wanted(BaseModel):
                 min_pairs=min(least, self.max_pairs),
                 half_width=self.half_width,
             ),
+        )
+
+    def quality_works(self, lab: Lab) -> tuple[Work, ...]:
+        """Return what measures the quality of A with each other side, or of A alone.
+
+        Raises:
+            GptcoreError, ValidationError: what was chosen is not there, or cannot be used.
+        """
+        first, *others = self.variants(lab)
+        against: list[Variant | None] = [None] if self.alone else list(others)
+        works: list[Work] = []
+        for other in against:
+            both = (first,) if other is None else (first, other)
+            match self.quality:
+                case "Perplexity":
+                    known(self.text, lab.texts(), "text")
+                    windowing = Windowing(
+                        window=self.window, stride=self.stride, max_tokens=self.max_tokens
+                    )
+                    works.append(
+                        Evaluate(variant=first, against=other, text=self.text, windowing=windowing)
+                    )
+                case "Tasks":
+                    known(self.items, lab.item_sets(), "set of items")
+                    works.append(
+                        Tasks(
+                            variants=both,
+                            items=self.items,
+                            kinds=self.kinds,
+                            examples=self.examples,
+                            seed=self.seed,
+                        )
+                    )
+                case "Texts":
+                    known(self.pairs, lab.pair_sets(), "set of pairs")
+                    works.append(
+                        Texts(
+                            variants=both,
+                            pairs=self.pairs,
+                            max_new_tokens=self.answer_tokens,
+                            chat=self.chat,
+                            seed=self.seed,
+                        )
+                    )
+        return tuple(works)
+
+
+def known(name: str, names: Sequence[str], what: str) -> None:
+    """Refuse what is no name: a visitor names what is kept here, and gives no path.
+
+    Raises:
+        InvalidInput: with the names that there are.
+    """
+    if name not in names:
+        raise InvalidInput(
+            f"There is no {what} {errors.brief(name)}; there are: {', '.join(names) or 'none'}. "
+            "Add it first."
         )
 
 

@@ -190,6 +190,63 @@ def test_sides_are_added_and_taken_away(lab: Lab) -> None:
     assert len([one for one in test.selectbox if one.label == "Precision"]) == 1 + 2
 
 
+def quality(lab: Lab, **fields: object) -> AppTest:
+    """The quality view of a comparison, measured to its end."""
+    wanted = WANTED.model_copy(update={"max_tokens": 200, "window": 32, **fields})
+    packed = pack(wanted.model_dump(mode="json"))
+    test = page("lab/compare.py", c=packed, threads="1")
+    test.session_state["compare_view"] = "Quality"
+    test.run()
+    clicked(test, "Measure quality")
+    for run_id in test.session_state["compare_quality"]:
+        lab.wait(run_id, 60)
+    return test.run()
+
+
+def test_quality_of_each_side_stands_beside_a(lab: Lab) -> None:
+    sides = (*WANTED.sides, Side(model="tiny", precision="int8"))
+    test = quality(lab, sides=sides)
+    assert errors(test) == []
+    assert len(test.session_state["compare_quality"]) == 2
+    (frame,) = test.dataframe
+    assert [name[0] for name in frame.value["Side"]] == ["A", "B", "C"]
+    assert list(frame.value["KL mean"].isna()) == [True, False, False]
+    runs = ",".join(test.session_state["compare_quality"])
+    again = compare(quality=runs)
+    assert again.dataframe[0].value.equals(frame.value)
+
+
+def test_tasks_are_asked_of_one_side_alone(lab: Lab) -> None:
+    lab.add_items("foxes", b'{"context": "The fox", "choices": ["runs", "reads"], "answer": 0}')
+    test = quality(lab, quality="Tasks", items="foxes", alone=True)
+    assert errors(test) == []
+    (frame,) = test.dataframe
+    assert list(frame.value["Kind"]) == ["all (1)", "own (1)"]
+    assert [name for name in frame.value if name.startswith("B")] == []
+
+
+def test_texts_are_held_against_references(lab: Lab) -> None:
+    lab.add_pairs("foxes", b'{"prompt": "The fox", "reference": "runs to the river"}')
+    test = quality(lab, quality="Texts", pairs="foxes", answer_tokens=4)
+    assert errors(test) == []
+    (frame,) = test.dataframe
+    assert "BLEU" in list(frame.value["Score"])
+    assert "B against A" in frame.value
+
+
+@pytest.mark.parametrize(
+    "fields", [{"text": "/etc/passwd"}, {"quality": "Tasks", "items": "../../etc/passwd"}]
+)
+def test_a_link_names_texts_and_no_paths(lab: Lab, fields: dict[str, str]) -> None:
+    wanted = WANTED.model_copy(update=fields)
+    test = page("lab/compare.py", c=pack(wanted.model_dump(mode="json")), threads="1")
+    test.session_state["compare_view"] = "Quality"
+    test.run()
+    clicked(test, "Measure quality")
+    assert any("There is no" in one and "passwd" in one for one in errors(test))
+    assert lab.runs(kind=RunKind.EVALUATE) == lab.runs(kind=RunKind.TASKS) == ()
+
+
 def test_the_history_is_empty_at_first_and_says_what_to_do(lab: Lab) -> None:
     test = page("operate/history.py")
     assert any("No run yet" in one.value for one in test.caption)
