@@ -241,6 +241,11 @@ class Side:
         hello = self._answer()
         self.name, self.decoder = str(hello["name"]), str(hello["decoder"])
 
+    def prefill_s(self, ids: Sequence[int]) -> tuple[float, float]:
+        """Return the seconds, of the wall and of the CPU, from ids to the logits after them."""
+        found = self._ask(do="prefill", ids=list(ids))
+        return float(found["seconds"]), float(found["cpu_seconds"])
+
     def decode_s(self, prompt: Sequence[int], ids: Sequence[int]) -> float:
         """Return the seconds that a token took, over ``ids`` behind a prompt."""
         return float(self._ask(do="decode", prompt=list(prompt), ids=list(ids))["seconds"])
@@ -307,7 +312,12 @@ def _serve(program: Program) -> None:
     say(name=program.name, decoder=program.decoder())
     for line in sys.stdin:
         order = json.loads(line)
-        if order["do"] == "decode":
+        if order["do"] == "prefill":
+            began, worked = time.perf_counter(), time.process_time()
+            program.read(order["ids"])
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+            say(seconds=seconds, cpu_seconds=cpu_seconds)
+        elif order["do"] == "decode":
             program.read(order["prompt"])
             began = time.perf_counter()
             for id in order["ids"]:

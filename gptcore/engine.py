@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from gptcore.constraint import Guide
 from gptcore.errors import Cancelled, ContextOverflow, InvalidInput, NumericalError
 from gptcore.kernels.step import NativeStep, adopt, step_of
+from gptcore.linears.wide import wide_products
 from gptcore.model import GPT, KVCache
 from gptcore.records import Alternative, FinishReason, Request, Token
 from gptcore.sampling import Floats, Stage, draw, likeliest, stages, uniform
@@ -31,6 +33,8 @@ PREFILL_CHUNK = 512
 CHUNK_PARAMETERS = 3 * 10**10
 """Tokens × parameters of a chunk on a CPU: about half a second of work on two cores."""
 LEAST_CHUNK = 32
+WIDE_TOKENS = 16
+"""From here on 16-bit weights are multiplied in fp32 on a CPU without instructions for them."""
 FORCED_CHUNK = 64
 """As above where the logits of every position are wanted: 64 × V × 4 bytes are 13 MB."""
 
@@ -46,12 +50,25 @@ def prefill(model: GPT, ids: Sequence[int], cache: KVCache) -> Tensor:
         cache: of one sequence, with room for T more.
 
     Returns:
-        (V,), in the model's dtype.
+        (V,).
     """
-    with torch.inference_mode():
-        batch = torch.tensor([list(ids)], device=cache.k.device)  # (1, T)
-        logits: Tensor = model(batch, cache, last_only=True)
-        return logits[0, -1]
+    return forward(model, ids, cache, last_only=True)[-1]
+
+
+def forward(model: GPT, ids: Sequence[int], cache: KVCache, *, last_only: bool = False) -> Tensor:
+    """Read ``ids`` into ``cache`` and return the logits after each: (T, V), or (1, V).
+
+    A few tokens are read by our own library, where it can do this model and cache, many by torch:
+    16-bit weights in fp32 where the CPU has no faster way.
+    """
+    step = step_of(model)
+    if step is not None and len(ids) <= step.few_tokens and step.takes(cache):
+        return step.read(ids, cache, last_only=last_only)
+    batch = torch.tensor([list(ids)], device=cache.k.device)  # (1, T)
+    wide = cache.k.device.type == "cpu" and len(ids) >= WIDE_TOKENS
+    with torch.inference_mode(), wide_products(model) if wide else nullcontext():
+        logits: Tensor = model(batch, cache, last_only=last_only)
+        return logits[0]
 
 
 def decode(model: GPT, id: int, cache: KVCache) -> Tensor:
@@ -266,10 +283,7 @@ class Generation:
                 raise Cancelled("Cancelled while the branch was being read.")
             chunk = request.forced_ids[begin : begin + FORCED_CHUNK]
             started = clock()
-            with torch.inference_mode():
-                after = model(torch.tensor([chunk], device=cache.k.device), cache)[
-                    0
-                ].cpu()  # (T, V)
+            after = forward(model, chunk, cache).cpu()  # (T, V)
             reading_s += clock() - started
             for id, following in zip(chunk, after, strict=True):
                 yield self._token(id, raw, self._chain(raw), forced=True)

@@ -16,7 +16,6 @@ from gptcore.passes.calibrate import Statistics, calibrate, text_for
 from gptcore.passes.folding import Folding, shared, sites
 from gptcore.passes.formats import Format
 from gptcore.passes.ranges import rounded
-from gptcore.passes.wide import wide_products
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,6 +85,8 @@ def by_method(one: Pass, method: Method) -> Fill:
     by_text = _gptq if method == "gptq" else _awq
 
     def fill(model: GPT, formats: dict[str, Format], context: PassContext) -> None:
+        from gptcore.linears.wide import wide_products
+
         with wide_products(model):
             by_text(model, formats, context, text_for(one, context))
 

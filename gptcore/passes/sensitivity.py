@@ -24,7 +24,6 @@ from gptcore.passes.calibrate import Residual, named_linears
 from gptcore.passes.mixed_bits import BITS, MixedBits
 from gptcore.passes.packing import replace
 from gptcore.passes.quantize import layer_shapes
-from gptcore.passes.wide import wide_products
 from gptcore.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ def scan(
         NumericalError: the model produces NaN or infinity.
     """
     import torch
+
+    from gptcore.linears.wide import wide_products
 
     found: list[Damage] = []
     asked = MixedBits.model_validate({"group": group})

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gptcore.linears import quantized
-from gptcore.passes.wide import wide_products
+from gptcore.linears.wide import wide_products
 from tests.passes.small import GPT2, made
 
 

@@ -1,8 +1,8 @@
 """Let 16-bit layers compute in fp32 while a text runs through them, where that is faster.
 
-Most CPUs have no instructions for bf16, and multiply several times slower in it than in fp32; a
-calibration text of many tokens then takes minutes. The sums are fp32's own, the results are rounded
-to the layer's type.
+Most CPUs have no instructions for bf16, and multiply several times slower in it than in fp32: a
+prompt would wait, and a calibration text of many tokens take minutes. The sums are fp32's own, the
+results are rounded to the layer's type.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 from weakref import proxy, ref
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptcore.linears.quantized import float_type
 
 
 @contextmanager
@@ -23,8 +24,6 @@ def wide_products(model: nn.Module) -> Iterator[None]:
 
     Source of the measure: fp32 was five times faster for 512 tokens on a CPU with AVX-512 alone.
     """
-    from torch import nn
-
     # A layer that is replaced meanwhile must be let go, so nothing here holds one.
     layers = [ref(one) for one in model.modules() if isinstance(one, nn.Linear)]
     for layer in layers:
@@ -43,10 +42,6 @@ def _set(layer: nn.Linear | None) -> None:
 
 
 def _product(linear: nn.Linear, x: Tensor) -> Tensor:
-    from torch.nn import functional as F
-
-    from gptcore.linears.quantized import float_type
-
     dtype = float_type(x)
     if dtype == x.dtype:
         return F.linear(x, linear.weight, linear.bias)

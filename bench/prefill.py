@@ -1,0 +1,138 @@
+"""Prefill beside llama.cpp and transformers, in turns: seconds until the first logits of a prompt.
+
+Every side reads the same 512 tokens of a text that ships into an empty cache, the order drawn anew
+each round. ``ratio_to_llama_cpp`` and ``ratio_to_transformers`` hold our fastest format against the
+fastest of theirs (transformers in bf16). Seconds are those of the wall; beside them stands what
+the threads of a side worked (CPU seconds), which other programs on the machine change less.
+
+The result is printed, and written to bench/results/ and into bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from bench.decode import RESULTS, SMOLLM2, into_readme, smollm2_sides
+from bench.sides import ROOT, pin
+from gptcore.catalogue import Catalogue
+from gptcore.measure.statistics import compare
+from gptcore.paths import models_dir
+from gptcore.provenance import provenance
+from gptcore.tokenizer import load_tokenizer
+
+PEERS = {"ratio_to_llama_cpp": "llama.cpp", "ratio_to_transformers": "transformers bf16"}
+
+
+@dataclass
+class Row:
+    """One side."""
+
+    side: str
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+
+def against(rows: list[Row], peer: str) -> dict[str, object] | None:
+    """Return how many times as fast as a peer's fastest side our fastest one is, and which."""
+    ours = [row for row in rows if row.side.startswith("ours")]
+    theirs = [row for row in rows if row.side.startswith(peer)]
+    if not theirs:
+        return None
+    best, other = (min(some, key=lambda row: np.median(row.seconds)) for some in (ours, theirs))
+    found = compare(best.seconds, other.seconds)
+    return {
+        "ours": best.side,
+        "theirs": other.side,
+        "ratio": found.ratio,
+        "low": found.low,
+        "high": found.high,
+        "cpu_ratio": float(np.median(other.cpu_seconds) / np.median(best.cpu_seconds)),
+    }
+
+
+def markdown(result: dict[str, object], rows: list[Row], tokens: int) -> str:
+    """Return the table, with what it takes to read it."""
+    machine, load = result["machine"], result["load_average"]
+    assert isinstance(machine, dict)
+    assert isinstance(load, dict)
+    lines = [
+        f"{str(result['at'])[:10]}, {machine['cpu']}, {result['threads']} threads, "
+        f"{machine['platform']}, torch {machine['torch']}, commit {machine['git_commit']}. "
+        f"{SMOLLM2}, {tokens:,} tokens. Load average {load['before'][0]:.1f} before and "
+        f"{load['after'][0]:.1f} after.",
+        "",
+        "| side | tokens/s, median (least – greatest) | tokens per CPU second, median |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        rates, own = tokens / np.array(row.seconds), tokens / np.array(row.cpu_seconds)
+        lines.append(
+            f"| {row.side} | {np.median(rates):,.0f} ({rates.min():,.0f} – {rates.max():,.0f}) | "
+            f"{np.median(own):,.0f} |"
+        )
+    lines.append("")
+    for key in PEERS:
+        held = result[f"{key}_by"]
+        if isinstance(held, dict) and held["ratio"]:
+            lines.append(
+                f"- {held['ours']} is {held['ratio']:.2f}× ({held['low']:.2f}–{held['high']:.2f}) "
+                f"as fast as {held['theirs']}; by CPU time {held['cpu_ratio']:.2f}×."
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=10, help="at least 6 for an interval")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--write", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args()
+    pin(options.threads)
+    tokenizer = load_tokenizer(Catalogue(models_dir()).checkpoint(SMOLLM2).directory)
+    ids = tokenizer.encode((ROOT / "data" / "texts" / "evaluation.txt").read_text())
+    load_before = os.getloadavg()
+    sides = smollm2_sides(options.threads)
+    rows = {name: Row(name) for name in sides}
+    draw = random.Random(0)
+    for turn in range(options.rounds + 1):
+        for name in draw.sample(list(sides), len(sides)):
+            seconds, cpu_seconds = sides[name].prefill_s(ids[: options.tokens])
+            if turn:  # the first round warms up
+                rows[name].seconds.append(seconds)
+                rows[name].cpu_seconds.append(cpu_seconds)
+        print(f"round {turn} of {options.rounds}", flush=True)
+    found = list(rows.values())
+    held = {key: against(found, peer) for key, peer in PEERS.items()}
+    result: dict[str, object] = {
+        **{key: one and one["ratio"] for key, one in held.items()},
+        **{f"{key}_by": one for key, one in held.items()},
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": options.threads,
+        "prompt_tokens": options.tokens,
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "machine": asdict(provenance(threads=options.threads)),
+        "sides": {name: f"{side.name}: {side.decoder}" for name, side in sides.items()},
+        "rows": [asdict(row) for row in found],
+    }
+    for side in sides.values():
+        side.close()
+    table = markdown(result, found, options.tokens)
+    print(table)
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "prefill.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "prefill.md").write_text(table)
+        into_readme("prefill", table)
+
+
+if __name__ == "__main__":
+    main()
