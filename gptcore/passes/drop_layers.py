@@ -2,14 +2,16 @@
 
 The influence of a block is one minus the mean cosine between what goes into it and what comes out,
 over all positions of a text (ShortGPT, Men et al. 2024, arXiv:2403.03853). A block whose output
-points where its input did was nearly skipped anyway.
+points where its input did was nearly skipped anyway. Or a person names the blocks, as the ranking
+of ``explain.worth`` has them: what each is worth on a text.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gptcore.device import Placement
 from gptcore.errors import InvalidInput
@@ -42,24 +44,51 @@ class DropLayers(Pass):
         description="Blocks to leave out, the least influential first; 0 changes nothing.",
     )
 
+    chosen: tuple[int, ...] = Field(
+        (),
+        max_length=999,
+        title="Layers chosen",
+        description="These blocks instead, counted from 0, as a ranking of Explain has them.",
+    )
+
+    @field_validator("chosen", mode="before")
+    @classmethod
+    def _from_text(cls, chosen: Any) -> Any:
+        return re.findall(r"[^\s,()\[\]]+", chosen) if isinstance(chosen, str) else chosen
+
+    @field_validator("chosen")
+    @classmethod
+    def _distinct(cls, chosen: tuple[int, ...]) -> tuple[int, ...]:
+        if min(chosen, default=0) < 0 or len(set(chosen)) < len(chosen):
+            raise ValueError("each layer is chosen once, by its number from 0 on")
+        return tuple(sorted(chosen))
+
+    @property
+    def count(self) -> int:
+        """How many blocks go."""
+        return len(self.chosen) or self.layers
+
     @property
     def needs_calibration(self) -> bool:
         """Whether there is anything to choose."""
-        return self.layers > 0
+        return self.layers > 0 and not self.chosen
 
     def blocked_by(self, spec: ModelSpec, placement: Placement) -> str | None:
-        """Return why this cannot run: a block at least must stay."""
-        if self.layers >= spec.layers:
-            return f"it has {spec.layers} layers, of which {self.layers} cannot go: drop fewer."
+        """Return why this cannot run: a block at least must stay, and those chosen be there."""
+        if self.count >= spec.layers:
+            return f"it has {spec.layers} layers, of which {self.count} cannot go: drop fewer."
+        if self.chosen and self.chosen[-1] >= spec.layers:
+            return f"there is no layer {self.chosen[-1]}: the last is {spec.layers - 1}."
         return None
 
     def on_few_layers(self, layers: int) -> DropLayers:
         """Return the pass with fewer layers to drop: what takes time is to look at them."""
-        return self.model_copy(update={"layers": min(self.layers, layers - 1)})
+        few = tuple(one for one in self.chosen if one < layers)[: layers - 1]
+        return self.model_copy(update={"layers": min(self.layers, layers - 1), "chosen": few})
 
     def spec_after(self, spec: ModelSpec) -> ModelSpec:
         """Return the spec with so many layers fewer."""
-        return spec.model_copy(update={"layers": spec.layers - self.layers})
+        return spec.model_copy(update={"layers": spec.layers - self.count})
 
     def weights_bytes_after(self, spec: ModelSpec, placement: Placement, before: int) -> int:
         """Return the exact bytes: each block has the same."""
@@ -79,21 +108,26 @@ class DropLayers(Pass):
         if blocked := self.blocked_by(spec, context.placement):
             raise InvalidInput(f"{self.title} cannot run here: {blocked}")
         found: list[float] = []
-        if self.layers:
+        if self.needs_calibration:
             ids = text_for(self, context)
             ids = ids[: max(1, ENOUGH_TOKENS // ids.shape[1])]
             found = influences(model, Residual(model, ids), context)
-        gone = set(sorted(range(len(found)), key=found.__getitem__)[: self.layers])
+        ranked = sorted(range(len(found)), key=found.__getitem__)
+        gone = set(self.chosen or ranked[: self.layers])
         block = sum(one.rows * one.columns for one in spec.linears[:-1])
-        least = max((found[i] for i in gone), default=0.0)
-        reasons = [
-            f"its influence of {one:.3f} is above the {least:.3f} of those gone" for one in found
-        ]
+        reasons = ["it was not chosen"] * spec.layers
+        if found:
+            least = max(found[i] for i in gone)
+            reasons = [
+                f"its influence of {one:.3f} is above the {least:.3f} of those gone"
+                for one in found
+            ]
         context.coverage[self.name] = Coverage(
             block * len(gone),
             spec.matmul_parameters,
             tuple((f"blocks.{i}", one) for i, one in enumerate(reasons) if i not in gone)
-            or (("blocks", "none was to be dropped"),),
+            if gone
+            else (("blocks", "none was to be dropped"),),
             stored_bytes=0,
             resident_bytes=0,
         )

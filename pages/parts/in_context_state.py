@@ -55,7 +55,7 @@ class Wanted(BaseModel):
     rule: Rule = "json_schema"
     choices: str = Field("positive\nnegative\nneutral", max_length=MAX_RULE_CHARS, title="Choices")
     regex: str = Field(
-        r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])",
+        r"(1[89]|20)[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])",
         max_length=MAX_RULE_CHARS,
         title="Regular expression",
     )

@@ -1,12 +1,19 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptcore import weights
+from gptcore.device import Placement
 from gptcore.engine import Engine
 from gptcore.errors import Cancelled, InvalidInput
 from gptcore.explain.worth import PARTS, Worth, least_worth, losses, without_heads, worth
 from gptcore.model import GPT
+from gptcore.passes.base import PassContext
+from gptcore.passes.drop_layers import DropLayers
+from gptcore.tokenizer import load_tokenizer
 from tests.explain.models import IDS, SHAPES, model_of
 
 
@@ -141,3 +148,27 @@ def test_pruning_by_the_ranking_beats_pruning_at_random(smollm2_engine: Engine) 
     for seed in range(3):
         order = torch.randperm(len(ranked), generator=torch.Generator().manual_seed(seed))
         assert ours < loss_without([ranked[i] for i in order[:taken]])
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_dropping_layers_by_the_ranking_beats_dropping_at_random(smollm2_gguf: Path) -> None:
+    """A model that really is smaller, on a text that the ranking has not seen."""
+    checkpoint = weights.describe(smollm2_gguf)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    read, held_out = tokenizer.encode(READ), tokenizer.encode(HELD_OUT)
+
+    def model() -> GPT:
+        return weights.build(checkpoint, Placement(threads=1))
+
+    def loss_without(chosen: tuple[int, ...]) -> float:
+        smaller = DropLayers(chosen=chosen).apply(model(), PassContext(placement=Placement()))
+        assert smaller.spec.layers == checkpoint.spec.layers - 3
+        return float(losses(smaller, held_out).mean())
+
+    _, found = worth(model(), read)
+    ranked = [one.layer for one in least_worth(found, "block")]
+    ours = loss_without(tuple(ranked[:3]))
+    for seed in range(3):
+        order = torch.randperm(len(ranked), generator=torch.Generator().manual_seed(seed))
+        assert ours < loss_without(tuple(order[:3].tolist()))

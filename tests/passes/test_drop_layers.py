@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from gptcore.device import Placement
@@ -110,3 +111,25 @@ def test_a_model_cannot_lose_all_its_layers() -> None:
 def test_it_needs_a_text() -> None:
     with pytest.raises(InvalidInput, match="choose a calibration text"):
         applied(DropLayers(), made(LLAMA))
+
+
+@every_shape
+def test_chosen_layers_go_without_a_text(spec: ModelSpec) -> None:
+    model = made(spec)
+    kept = model.blocks[1]
+    one = DropLayers(chosen=(2, 0))
+    assert not one.needs_calibration
+    assert one.spec_after(spec).layers == 1
+    model, coverage = applied(one, model, None)
+    assert list(model.blocks) == [kept]
+    assert coverage.skipped == (("blocks.1", "it was not chosen"),)
+
+
+def test_a_chosen_layer_that_is_not_there_is_named() -> None:
+    assert "no layer 3" in str(DropLayers(chosen=(1, 3)).blocked_by(LLAMA, placed()))
+    assert "cannot go" in str(DropLayers(chosen=(0, 1, 2)).blocked_by(LLAMA, placed()))
+    assert DropLayers(chosen="2, 0").chosen == DropLayers(chosen="(0, 2)").chosen == (0, 2)
+    assert DropLayers(chosen="").chosen == ()
+    for chosen in ((1, 1), (-1,), "0 0"):
+        with pytest.raises(ValidationError, match="chosen once"):
+            DropLayers(chosen=chosen)
