@@ -36,7 +36,7 @@ from gptcore.spec import PRESETS
 if TYPE_CHECKING:
     from gptcore.model import GPT
 
-MODELS = ("smollm2-135m", "gpt2", "gpt3-125m", "gpt2-medium", "gpt3-350m", "gpt3-760m")
+MODELS = ("smollm2-135m", "gpt2", "gpt2-medium")
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 CELLS = (Cell(prompt_tokens=128, new_tokens=24), Cell(prompt_tokens=512, new_tokens=24))
 EXTRAPOLATED = ("gpt2-xl", "gpt3-1.3b", "gpt3-2.7b", "gpt3-6.7b", "gpt3-13b", "gpt3-175b")
@@ -182,9 +182,9 @@ def main() -> None:
                     f"{1000 * one.measured_s:9.2f} ms measured {one.residual:+.0%}",
                     flush=True,
                 )
-    accuracy = speed.accuracy(tuple(found), {})
-    options.out.write_text(table(accuracy, peaks))
-    print(f"median error {accuracy.median_error:.0%} over {len(found)} set-ups: {options.out}")
+        accuracy = speed.accuracy(tuple(found), {})
+        options.out.write_text(table(accuracy, peaks))
+        print(f"median error {accuracy.median_error:.0%} over {len(found)} set-ups so far")
 
 
 if __name__ == "__main__":
