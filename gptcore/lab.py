@@ -76,6 +76,10 @@ from gptcore.optimize.proof import QUICK_CELLS as QUICK_CELLS
 from gptcore.optimize.proof import QUICK_PAIRS as QUICK_PAIRS
 from gptcore.optimize.proof import Goals as Goals
 from gptcore.optimize.proof import Prove as Prove
+from gptcore.optimize.tune import OBJECTIVES as OBJECTIVES
+from gptcore.optimize.tune import Knob as Knob
+from gptcore.optimize.tune import Limits as Limits
+from gptcore.optimize.tune import Tune as Tune
 from gptcore.paths import data_dir, models_dir
 from gptcore.provenance import owner, owner_lives, provenance
 from gptcore.recipe import Recipe, Variant

@@ -19,6 +19,7 @@ from gptcore.measure.works_quality import Tasks, Texts
 from gptcore.optimize.estimate import Estimate
 from gptcore.optimize.make import Optimize
 from gptcore.optimize.proof import Prove
+from gptcore.optimize.tune import Tune
 from gptcore.records import RunKind
 from gptcore.sentences import sentence
 from gptcore.work import Work
@@ -38,6 +39,7 @@ WORKS: Mapping[RunKind, type[Work]] = {
         Regress,
         Tasks,
         Texts,
+        Tune,
     )
 }
 
