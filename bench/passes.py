@@ -96,6 +96,8 @@ class Line:
     at: str
     commit: str | None
     tokens: int
+    calibration_tokens: int
+    """0 where the recipe needs no text."""
     base_perplexity: float
     perplexity_ratio: float
     """Times fp32's."""
@@ -395,6 +397,9 @@ class Bench:
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=provenance().git_commit,
             tokens=len(self.passage.ids),
+            calibration_tokens=self.calibration.numel()
+            if any(one.needs_calibration for one in passes)
+            else 0,
             base_perplexity=self.base_perplexity,
             perplexity_ratio=math.exp(mean),
             log_ratio_se=math.sqrt(spread * windows / max(1, windows - 1)) / self.scored,
@@ -457,8 +462,8 @@ def markdown(head: str, lines: dict[str, Line]) -> str:
         head,
         "",
         "| pass | × perplexity (± se of ln) | KL | × stored | × resident | its layers × | "
-        "bits a weight | KV × | coverage | s | solvers s | target: measured |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "bits a weight | KV × | coverage | calibrated on | s | solvers s | target: measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
         if (line := lines.get(case.name)) is None:
@@ -474,6 +479,7 @@ def markdown(head: str, lines: dict[str, Line]) -> str:
             "" if line.effective_bits is None else f"{line.effective_bits:.2f}",
             f"{line.kv_ratio:.3f}",
             "" if line.coverage_ratio is None else f"{line.coverage_ratio:.3f}",
+            f"{line.calibration_tokens:,}" if line.calibration_tokens else "",
             f"{line.seconds:.0f}",
             f"{line.solver_s:.1f}",
             "; ".join(verdict(one, line, lines) for one in case.targets),
@@ -516,7 +522,7 @@ def main() -> None:
     head = (
         f"{options.model}, weights of {bench.checkpoint.source_precision}: perplexity of fp32 "
         f"{bench.base_perplexity:.3f} on the first {bench.options.tokens:,} tokens of {bench.text};"
-        f" calibrated on {bench.calibration.numel():,} tokens "
+        f" calibration text of {bench.calibration.numel():,} tokens "
         f"({text_hash(bench.calibration)[:19]}). {machine.cpu}, {options.threads} thread(s), "
         f"torch {machine.torch}."
     )
