@@ -16,7 +16,15 @@ from gptcore.passes.base import Pass
 from gptcore.passes.registry import pass_from_json, passes
 from gptcore.recipe import Calibration, Variant
 from gptcore.records import Run, RunKind, RunState
-from pages.parts import errors, links, pass_form, proof_card, proof_charts, settings
+from pages.parts import (
+    errors,
+    explain_state,
+    links,
+    pass_form,
+    proof_card,
+    proof_charts,
+    settings,
+)
 from pages.parts import format as shown
 from pages.parts.optimize_state import (
     PROOF,
@@ -329,9 +337,24 @@ def _proof(lab: Lab, run_id: str, was_active: bool) -> None:
         with st.container(horizontal=True):
             st.button("Close", on_click=close_card, help="It stays under its link.")
             st.page_link(links.HISTORY, label="History", icon=":material/history:")
-            st.page_link(
-                links.EXPLAIN, label="Explain where they part", icon=":material/visibility:"
-            )
+            sides = sides_of(run)
+            if sides and st.button(
+                "Explain where they part",
+                icon=":material/visibility:",
+                help="Layer by layer and token by token, on a passage.",
+            ):
+                explain_state.part(lab, *sides)
+                st.switch_page(links.EXPLAIN)
+
+
+def sides_of(run: Run) -> tuple[Variant, Variant] | None:
+    """Return baseline and variant of a proof, None where a run has none."""
+    asked = run.settings.get("proof") or run.settings
+    try:
+        first, second = (Variant.model_validate(asked[name]) for name in ("baseline", "variant"))
+    except (KeyError, ValidationError):
+        return None
+    return first, second
 
 
 def made(run: Run) -> None:

@@ -172,14 +172,15 @@ def take_run_from_address(lab: Lab) -> None:
     if not given or RUNS in st.session_state:
         return
     found = lab.snapshot(given)
-    if found is None or found.run.kind is not RunKind.EXPLAIN:
+    asked = found.run.settings.get("what") if found is not None else None
+    view = next((view for view, what in VIEWS.items() if what == asked), None)
+    if found is None or found.run.kind is not RunKind.EXPLAIN or view is None:
         settings.say(
             f"There is no look {errors.brief(given)}; it was deleted, or belongs to another "
             "database. Its settings are here, so Look can make it again."
         )
         st.session_state[RUNS] = {}
         return
-    view = next(view for view, what in VIEWS.items() if what == found.run.settings["what"])
     st.session_state[RUNS] = {view: given}
     change(view=view, **_as_asked(found.run, view))
 
@@ -208,6 +209,21 @@ def look() -> None:
             st.session_state[BEFORE] = before.get(wanted.view)
     except (GptcoreError, ValidationError) as error:
         settings.say(errors.sentence(error, Explain))
+
+
+def part(lab: Lab, first: Variant, second: Variant) -> None:
+    """Order a look at where two variants part, on the passage that stands there.
+
+    Raises:
+        GptcoreError: it cannot be ordered.
+    """
+    change(view="Difference")
+    work = Explain(
+        what="difference", variant=first, other=second, prompt=current().passage, chat=False
+    )
+    st.session_state[RUNS] = {
+        **st.session_state.get(RUNS, {}), "Difference": lab.start(work)
+    }  # fmt: skip
 
 
 def stepped() -> tuple[str, Variant] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,8 +14,9 @@ import streamlit as st
 
 from gptcore.explain.packed import unpack
 from gptcore.explain.profile import BETWEEN, IDLE
+from gptcore.passes.drop_layers import DropLayers
 from gptcore.records import Run
-from pages.parts import errors, explain_charts, explain_state
+from pages.parts import errors, explain_charts, explain_state, links, optimize_state
 from pages.parts import format as shown
 from pages.parts.explain_looks import chart, coloured, halves
 
@@ -382,6 +384,7 @@ def worth(result: Result, run: Run) -> None:
     with left, st.container(border=True, height="stretch"):
         st.markdown("**Layers switched off**")
         chart(explain_charts.layer_bars(parts, layers), key=f"layers {run.id}")
+        _dropping(parts, layers, run)
     with right, st.container(border=True, height="stretch"):
         st.markdown("**Ranking for pruning**, what is missed least first")
         ranked = sorted(heads, key=lambda one: one["kl_nats"])
@@ -413,6 +416,36 @@ def worth(result: Result, run: Run) -> None:
                 "of the whole model from the one without the head."
             )
         )
+
+
+def _dropping(parts: list[Mapping[str, Any]], layers: int, run: Run) -> None:
+    """Offer a recipe that drops the layers that are missed least."""
+    ranked = sorted(
+        (one for one in parts if one["part"] == "block"), key=lambda one: one["kl_nats"]
+    )
+    if len(ranked) < layers or layers < 2:
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        count = st.number_input(
+            "Layers to drop, the least missed first",
+            1,
+            layers - 1,
+            key=f"drop of {run.id}",
+            width=260,
+        )
+        chosen = tuple(sorted(one["layer"] for one in ranked[: int(count)]))
+        if st.button(
+            "Optimize with it",
+            icon=":material/tune:",
+            help="Puts the recipe into the page Optimize, which makes the model and proves it.",
+        ):
+            optimize_state.change_recipe([DropLayers(chosen=chosen)])
+            st.switch_page(links.OPTIMIZE)
+    listed = ", ".join(map(str, chosen))
+    st.code(
+        json.dumps([{"pass": DropLayers.name, "chosen": chosen}]), language="json", wrap_lines=True
+    )
+    st.caption(f"Drops layer{'s' * (len(chosen) > 1)} {listed}; for `--recipe` and Python too.")
 
 
 # Difference

@@ -1,5 +1,6 @@
 """The explain page: every view looks, draws what it found, and says what hinders it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,35 @@ def test_every_what_of_the_work_has_a_view() -> None:
     offered = {what for what in explain_state.VIEWS.values() if what}
     known = Explain.model_fields["what"].annotation
     assert offered == set(known.__args__)
+
+
+def test_the_ranking_of_layers_becomes_a_recipe(lab: Lab) -> None:
+    test = ended(lab, pressed(opened({"view": "Heads"})), "Heads")
+    (recipe,) = (one.value for one in test.code)
+    (asked,) = json.loads(recipe)
+    assert asked["pass"] == "drop_layers"
+    run_id = test.session_state[explain_state.RUNS]["Heads"]
+    found = lab.snapshot(run_id)
+    blocks = [one for one in found.run.result["parts"] if one["part"] == "block"]
+    assert asked["chosen"] == [min(blocks, key=lambda one: one["kl_nats"])["layer"]]
+
+
+def test_two_variants_of_a_proof_are_held_against_each_other(lab: Lab) -> None:
+    first, second = lab.variant("tiny", threads=1), lab.variant("tiny", "int8", threads=1)
+    work = Explain(what="difference", variant=first, other=second, prompt=TEXT)
+    run_id = lab.start(work)
+    assert lab.wait(run_id, 90).run.state is RunState.DONE
+    again = opened(look=run_id)
+    assert again.session_state[explain_state.KEY].view == "Difference"
+    assert not said(again)
+
+
+def test_a_run_of_the_page_in_context_is_no_look(lab: Lab) -> None:
+    held = {"constraint": {"choices": ["a", "b"]}, "texts": 1}
+    work = Explain(
+        what="constraint", variant=lab.variant("tiny", threads=1), prompt=TEXT, held=held
+    )
+    run_id = lab.start(work)
+    lab.wait(run_id, 60)
+    (only,) = said(opened(look=run_id))
+    assert "no look" in only
