@@ -23,6 +23,7 @@ from gptcore.constraint import Guide
 from gptcore.errors import Cancelled, ContextOverflow, InvalidInput, NumericalError
 from gptcore.kernels.step import NativeStep, adopt, step_of
 from gptcore.linears.wide import wide_products
+from gptcore.lookup import Lookup
 from gptcore.model import GPT, KVCache
 from gptcore.records import Alternative, FinishReason, Request, Token
 from gptcore.sampling import Floats, Stage, draw, likeliest, stages, uniform
@@ -35,6 +36,8 @@ CHUNK_PARAMETERS = 3 * 10**10
 LEAST_CHUNK = 32
 WIDE_TOKENS = 16
 """From here on 16-bit weights are multiplied in fp32 on a CPU without instructions for them."""
+KEPT_BYTES = 2**28
+"""Keys and values that an engine keeps of its last text, at most."""
 FORCED_CHUNK = 64
 """As above where the logits of every position are wanted: 64 × V × 4 bytes are 13 MB."""
 
@@ -62,7 +65,7 @@ def forward(model: GPT, ids: Sequence[int], cache: KVCache, *, last_only: bool =
     16-bit weights in fp32 where the CPU has no faster way.
     """
     step = step_of(model)
-    if step is not None and len(ids) <= step.few_tokens and step.takes(cache):
+    if step is not None and step.takes(cache) and (step.exact or len(ids) <= step.few_tokens):
         return step.read(ids, cache, last_only=last_only)
     batch = torch.tensor([list(ids)], device=cache.k.device)  # (1, T)
     wide = cache.k.device.type == "cpu" and len(ids) >= WIDE_TOKENS
@@ -95,6 +98,8 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.clock = clock
+        self._kept: tuple[list[int], KVCache] | None = None
+        """The tokens of the last text that wanted to be kept, and what is known of them."""
 
     def prompt_ids(self, request: Request) -> tuple[list[int], int]:
         """Return the prompt's token ids and how many were cut from its beginning.
@@ -114,11 +119,14 @@ class Engine:
         *,
         sent_at: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        shortcuts: bool = False,
     ) -> Generation:
         """Return a generation that computes nothing until it is iterated.
 
         Args:
             request: what to generate.
+            shortcuts: leave out what the last text already computed, and guess ahead. The tokens
+                are the same; times are then not those of every token alone.
             sent_at: when the request was sent, on this engine's clock; now, if not given.
             cancelled: asked before every step.
 
@@ -126,7 +134,46 @@ class Engine:
             ContextOverflow: as ``prompt_ids``.
             InvalidInput: a forced id is not in the vocabulary, or the constraint cannot be used.
         """
-        return Generation(self, request, self.clock() if sent_at is None else sent_at, cancelled)
+        return Generation(
+            self, request, self.clock() if sent_at is None else sent_at, cancelled, shortcuts
+        )
+
+    def cache_for(self, ids: Sequence[int], capacity: int) -> KVCache:
+        """Return a cache that knows as much of ``ids`` as the last text had in common with them.
+
+        One token at least is left to be read. What is taken over has the bits that reading it anew
+        would give: any number of tokens where a token's bits do not depend on its neighbours in a
+        call, else whole chunks of the prompt.
+        """
+        cache, kept = self.model.new_cache(capacity), self._kept
+        self._kept = None
+        if kept is None:
+            return cache
+        known, old = kept
+        common = min(len(known), len(ids) - 1, old.length)
+        common = next((i for i in range(common) if known[i] != ids[i]), common)
+        common -= common % self._granule(cache)
+        if common > 0 and old.k.shape[-1] == cache.k.shape[-1]:
+            for there, here in ((old.k, cache.k), (old.v, cache.v)):
+                here[:, :, :, :common].copy_(there[:, :, :, :common])
+            cache.length = common
+        return cache
+
+    def keep(self, ids: Sequence[int], answer: Sequence[int], cache: KVCache) -> None:
+        """Keep what a text's cache knows for the next one, if it is not too large."""
+        if cache.k.nbytes + cache.v.nbytes > KEPT_BYTES:
+            return
+        chunk = self._granule(cache)
+        exact = list(ids[: len(ids) // chunk * chunk])
+        if chunk == 1:
+            exact += answer[:-1]  # the last token was drawn, not read
+        self._kept = exact[: cache.length], cache
+
+    def _granule(self, cache: KVCache) -> int:
+        """Return of how many tokens the bits depend on each other."""
+        step = step_of(self.model)
+        exact = step is not None and step.exact and step.takes(cache)
+        return 1 if exact else chunk_tokens(self.model)
 
     def decoder_of(self, cache: KVCache) -> str:
         """Return what computes a decode step with this cache."""
@@ -209,10 +256,18 @@ class Generation:
         guide: holds the text to the request's constraint; None where there is none.
         prefill_s: seconds of the prefill, None before it is done.
         decoder: what computes the decode steps, and if that is torch on a CPU, why.
+        reused_tokens: of the prompt, which the text before had computed.
+        steps: decode steps so far; fewer than tokens where guesses were right.
+        lookup: guesses ahead; None where that is not wanted, or would save nothing.
     """
 
     def __init__(
-        self, engine: Engine, request: Request, sent_at: float, cancelled: Callable[[], bool]
+        self,
+        engine: Engine,
+        request: Request,
+        sent_at: float,
+        cancelled: Callable[[], bool],
+        shortcuts: bool = False,
     ) -> None:
         self.engine = engine
         self.request = request
@@ -223,6 +278,9 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.prefill_s: float | None = None
         self.decoder = engine.decoder
+        self.reused_tokens = self.steps = 0
+        self.lookup: Lookup | None = None
+        self._shortcuts = shortcuts
         self.first_s: float | None = None
         """Seconds from sending to the first text that was not forced."""
         self.last_s: float | None = None
@@ -239,9 +297,15 @@ class Generation:
                 raise InvalidInput(f"Token id {id} is not in the vocabulary of {vocabulary:,}.")
 
     @property
-    def how(self) -> dict[str, str]:
+    def how(self) -> dict[str, str | int]:
         """What a run keeps of how its text was computed, as JSON-able values."""
-        return {"decoder": self.decoder}
+        found: dict[str, str | int] = {"decoder": self.decoder}
+        if self._shortcuts:
+            found["reused_tokens"] = self.reused_tokens
+        if self.lookup:
+            found["guessed_tokens"] = self.lookup.guessed
+            found["accepted_tokens"] = self.lookup.accepted
+        return found
 
     def __iter__(self) -> Iterator[Token]:
         """Yield tokens until the limit, a stop string, the end of text, or a cancellation.
@@ -273,10 +337,25 @@ class Generation:
             request.max_new_tokens,
             model.spec.context - len(self.prompt_ids) - len(request.forced_ids),
         )
-        cache = model.new_cache(len(self.prompt_ids) + len(request.forced_ids) + limit)
-        self.decoder = self.engine.decoder_of(cache)
+        capacity = len(self.prompt_ids) + len(request.forced_ids) + limit
         started = clock()
-        raw = as_numpy(read(model, self.prompt_ids, cache, self._cancelled))
+        if self._shortcuts:
+            cache = self.engine.cache_for(self.prompt_ids, capacity)
+            self.reused_tokens = cache.length
+        else:
+            cache = model.new_cache(capacity)
+        self.decoder = self.engine.decoder_of(cache)
+        try:
+            yield from self._written(cache, limit, started)
+        finally:
+            if self._shortcuts:
+                self.engine.keep(self.prompt_ids, self.token_ids, cache)
+
+    def _written(self, cache: KVCache, limit: int, started: float) -> Iterator[Token]:
+        """Yield the tokens of the trunk and then the new ones."""
+        model, request, clock = self.engine.model, self.request, self.engine.clock
+        unread = self.prompt_ids[cache.length :]
+        raw = as_numpy(read(model, unread, cache, self._cancelled))
         reading_s = clock() - started
         for begin in range(0, len(request.forced_ids), FORCED_CHUNK):
             if self._cancelled():
@@ -291,6 +370,8 @@ class Generation:
                     self.guide.take(id)
                 raw = as_numpy(following)
         self.prefill_s = reading_s
+        if self._shortcuts:
+            self.lookup = Lookup.of(model, cache, [*self.prompt_ids, *self.token_ids])
         eos_ids = frozenset() if request.ignore_eos else self.engine.tokenizer.eos_ids
         if self.guide:
             eos_ids = self.guide.end_ids
@@ -316,7 +397,13 @@ class Generation:
                 return
             if self._cancelled():
                 raise Cancelled("Cancelled.")
-            raw = as_numpy(decode(model, token.id, cache))
+            if self.lookup:
+                found, computed = self.lookup.after(token.id, limit - self.new_tokens)
+                raw = as_numpy(found)
+                self.steps += computed
+            else:
+                raw = as_numpy(decode(model, token.id, cache))
+                self.steps += 1
 
     def _drawn(self, logits: Floats) -> Token:
         chain = self._chain(logits)

@@ -94,6 +94,7 @@ class CCall(ctypes.Structure):
         ("id", c_int64),
         ("position", c_int64),
         ("capacity", c_int64),
+        ("layer_stride", c_int64),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("cos", c_void_p),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ class Unsupported(Exception):
     """The step does not know this model; the text says what, in a sentence."""
 
 
+class _Place(NamedTuple):
+    """Where a token is read to: a position of one of a cache's texts."""
+
+    cache: KVCache
+    row: int
+    position: int
+
+
 class NativeStep:
     """One model's decode step. Weights stay where the model has them.
 
@@ -52,6 +60,8 @@ class NativeStep:
     def __init__(self, model: GPT) -> None:
         self.name = f"native step, {instruction_set()}"
         packed = any(isinstance(one, NativeLinear) for one in model.modules())
+        self.exact = packed
+        """Whether all tokens are read here: their bits do not depend on what is read with them."""
         self.few_tokens = FEW_TOKENS["packed" if packed else _dtype(model)]
         """Up to so many tokens at once are read faster here than by torch."""
         self.most_tokens = int(library().gpt_most_tokens())
@@ -70,18 +80,19 @@ class NativeStep:
             raise MemoryError("out of memory for the native step")
         weakref.finalize(self, library().gpt_close, self._session)
 
-    def takes(self, cache: KVCache) -> bool:
-        """Return whether this cache can be continued: one sequence, and the model as it was.
+    def takes(self, cache: KVCache, *, texts: int = 1) -> bool:
+        """Return whether this cache, of so many texts, and the model as it is can be continued.
 
         The model is looked over once a cache, since a generation does not change it.
         """
+        if cache.k.shape[1] != texts:
+            return False
         if self._checked is not None and self._checked() is cache:
             return True
         model = self._model()
         fits = (
             type(cache) is KVCache
             and model is not None
-            and cache.k.shape[1] == 1
             and cache.k.dtype == _dtype(model)
             and cache.k.is_contiguous()
             and _signature(model) == self._signature
@@ -95,7 +106,7 @@ class NativeStep:
         Raises:
             ContextOverflow: the cache or the context is full.
         """
-        return self._run([(id, cache)], 1)[0]
+        return self.read((id,), cache)[0]
 
     def read(self, ids: Sequence[int], cache: KVCache, *, last_only: bool = False) -> Tensor:
         """Read T ≥ 1 tokens into ``cache``, the weights once for ``most_tokens`` of them.
@@ -114,7 +125,9 @@ class NativeStep:
             some = ids[begin : begin + self.most_tokens]
             ends = begin + len(some) == len(ids)
             wanted = (1 if ends else 0) if last_only else len(some)
-            found.append(self._run([(id, cache) for id in some], wanted))
+            places = [_Place(cache, 0, cache.length + i) for i in range(len(some))]
+            found.append(self._run(some, places, wanted))
+            cache.length += len(some)
         return found[-1] if last_only or len(found) == 1 else torch.cat(found)
 
     def batch(self, ids: Sequence[int], caches: Sequence[KVCache]) -> Tensor:
@@ -131,10 +144,25 @@ class NativeStep:
         assert len({id(one) for one in caches}) == len(caches), "one cache, one token"
         for cache in caches:
             self._room(cache, 1)
-        rows = list(zip(ids, caches, strict=True))
-        sizes = range(0, len(rows), self.most_tokens)
-        found = [rows[at : at + self.most_tokens] for at in sizes]
-        return torch.cat([self._run(some, len(some)) for some in found])
+        found = self._side_by_side(ids, [_Place(cache, 0, cache.length) for cache in caches])
+        for cache in caches:
+            cache.length += 1
+        return found
+
+    def rows(self, ids: Sequence[int], cache: KVCache) -> Tensor:
+        """Read one token into each of the B texts of one cache; otherwise as ``batch``."""
+        self._room(cache, 1)
+        places = [_Place(cache, row, cache.length) for row in range(len(ids))]
+        found = self._side_by_side(ids, places)
+        cache.length += 1
+        return found
+
+    def _side_by_side(self, ids: Sequence[int], places: Sequence[_Place]) -> Tensor:
+        found = []
+        for begin in range(0, len(ids), self.most_tokens):
+            some = slice(begin, begin + self.most_tokens)
+            found.append(self._run(ids[some], places[some], len(ids[some])))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _room(self, cache: KVCache, tokens: int) -> None:
         """Raise ContextOverflow where so many more tokens do not fit."""
@@ -144,37 +172,32 @@ class NativeStep:
         if (end := cache.length + tokens) > room:
             raise ContextOverflow(f"{end:,} positions do not fit into {room:,}: shorten the text.")
 
-    def _run(self, rows: Sequence[tuple[int, KVCache]], wanted: int) -> Tensor:
-        """Read tokens, each into its cache, and return the logits of the last ``wanted``."""
+    def _run(self, ids: Sequence[int], places: Sequence[_Place], wanted: int) -> Tensor:
+        """Read tokens, each at its place, and return the logits of the last ``wanted``."""
         model = self._model()
         assert model is not None
-        spec = model.spec
-        ends: dict[KVCache, int] = {}
-        for token, cache in rows:
-            ends[cache] = ends.get(cache, cache.length) + 1
+        spec, rotary = model.spec, model.spec.position == "rotary"
+        for token in ids:
             if not 0 <= token < spec.vocabulary:
                 raise IndexError(
                     f"token id {token} is not in the vocabulary of {spec.vocabulary:,}"
                 )
-        for cache, end in ends.items():
-            self._room(cache, end - cache.length)
-        if spec.position == "rotary":
-            self._tables(max(ends.values()))
+        if rotary:
+            self._tables(max(one.position for one in places) + 1)
         logits = torch.empty(wanted, spec.vocabulary)
-        calls = (CCall * len(rows))()
-        starts = {cache: cache.length for cache in ends}
-        for at, (call, (token, cache)) in enumerate(zip(calls, rows, strict=True)):
-            call.id, call.position, call.capacity = token, starts[cache], cache.capacity
-            call.keys, call.values = cache.k.data_ptr(), cache.v.data_ptr()
-            if spec.position == "rotary":
-                call.cos, call.sin = self._angles(starts[cache])
-            if (place := at - len(rows) + wanted) >= 0:
-                call.logits = logits[place].data_ptr()
-            starts[cache] += 1
-        if library().gpt_step(self._session, calls, len(rows), torch.get_num_threads()):
+        calls = (CCall * len(ids))()
+        for at, (call, token, place) in enumerate(zip(calls, ids, places, strict=True)):
+            cache = place.cache
+            offset = place.row * cache.k.stride(1) * cache.k.element_size()
+            call.id, call.position = token, place.position
+            call.capacity, call.layer_stride = cache.capacity, cache.k.stride(0)
+            call.keys, call.values = cache.k.data_ptr() + offset, cache.v.data_ptr() + offset
+            if rotary:
+                call.cos, call.sin = self._angles(place.position)
+            if (line := at - len(ids) + wanted) >= 0:
+                call.logits = logits[line].data_ptr()
+        if library().gpt_step(self._session, calls, len(ids), torch.get_num_threads()):
             raise MemoryError("out of memory in the native step")
-        for cache, end in ends.items():
-            cache.length = end
         return logits
 
     def _tables(self, positions: int) -> None:

@@ -102,24 +102,26 @@ def once(
         began = clock()
         latest = read_all(model, ids, cache, check).argmax(-1)  # (B,)
         synchronise(device)
-        _spend((clock() - began) * delay_ratio, clock)
-        read = clock()
+        read = _delayed(began, delay_ratio, clock)
         for step in range(1, cell.new_tokens):
             latest = write_next(model, latest, cache).argmax(-1)
             if step % CHECK_EVERY == 0:
                 check()
         synchronise(device)
-        _spend((clock() - read) * delay_ratio, clock)
-        ended = clock()
+        ended = _delayed(read, delay_ratio, clock)
     return Times(read - began, ended - read if cell.new_tokens > 1 else 0.0)
 
 
-def _spend(seconds: float, clock: Callable[[], float]) -> None:
-    """Keep the processor busy for so long; one that sleeps is woken later than it asked."""
-    if seconds > 0:
-        until = clock() + seconds
-        while clock() < until:
-            pass
+def _delayed(began: float, ratio: float, clock: Callable[[], float]) -> float:
+    """Return the present moment, after keeping busy for a share of the time since ``began``.
+
+    A processor that sleeps is woken later than it asked, so the delay would be longer than said.
+    """
+    moment = clock()
+    until = moment + (moment - began) * ratio
+    while moment < until:
+        moment = clock()
+    return moment
 
 
 def request_s(
@@ -157,23 +159,31 @@ def request_s(
 
 def read_all(model: GPT, ids: Tensor, cache: KVCache, check: Callable[[], None]) -> Tensor:
     """Read prompts in the chunks in which a request reads them; the last logits, (B, V)."""
-    from gptcore.engine import chunk_tokens
+    from gptcore.engine import chunk_tokens, prefill
 
     size = max(1, chunk_tokens(model) // ids.shape[0])
     for begin in range(0, ids.shape[1], size):
         check()
-        logits: Tensor = model(ids[:, begin : begin + size], cache, last_only=True)
-    return logits[:, -1]
+        some = ids[:, begin : begin + size]
+        if len(ids) == 1:
+            logits = prefill(model, some[0].tolist(), cache)[None]
+        else:
+            logits = model(some, cache, last_only=True)[:, -1]
+    return logits
 
 
 def write_next(model: GPT, latest: Tensor, cache: KVCache) -> Tensor:
     """Return the logits after one more token of each sequence: (B,) -> (B, V).
 
-    One sequence takes the way that a request takes.
+    One sequence takes the way that a request takes, several the way of requests side by side.
     """
     from gptcore.engine import decode
+    from gptcore.kernels.step import step_of
 
     if len(latest) == 1:
         return decode(model, int(latest), cache)[None]
+    step = step_of(model)
+    if step is not None and step.takes(cache, texts=len(latest)):
+        return step.rows(latest.tolist(), cache)
     logits: Tensor = model(latest[:, None], cache)
     return logits[:, -1]

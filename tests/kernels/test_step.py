@@ -152,6 +152,26 @@ def test_several_texts_at_once_get_the_bits_of_each_alone(form: str) -> None:
     assert torch.equal(torch.stack(found, dim=1), torch.stack(wanted))
 
 
+def test_the_texts_of_one_cache_are_continued_side_by_side() -> None:
+    model = native(random_model(SPECS["qwen2"]), FORMATS["bf16"])
+    step, texts = NativeStep(model), torch.randint(0, 211, (11, 70))
+    cache, wanted = model.new_cache(80, batch=11), []
+    with torch.inference_mode():
+        model(texts[:, :-1], cache)
+    assert step.takes(cache, texts=11)
+    assert not step.takes(cache)
+    for row, text in enumerate(texts):
+        alone = model.new_cache(80)
+        alone.k[:, 0, :, :69], alone.v[:, 0, :, :69] = (
+            cache.k[:, row, :, :69],
+            cache.v[:, row, :, :69],
+        )
+        alone.length = 69
+        wanted.append(step(int(text[-1]), alone))
+    assert torch.equal(step.rows(texts[:, -1].tolist(), cache), torch.stack(wanted))
+    assert cache.length == 70
+
+
 def test_tokens_that_do_not_fit_are_refused_before_any_is_read() -> None:
     model = random_model(SPECS["llama"])
     step, cache, full = NativeStep(model), model.new_cache(10), model.new_cache(1)

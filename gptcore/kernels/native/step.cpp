@@ -65,7 +65,8 @@ struct Call {
   int64_t id;
   int64_t position;
   int64_t capacity;
-  void* keys;         // (layers, G, capacity, D)
+  int64_t layer_stride;  // elements between two layers of a cache, which may hold other texts too
+  void* keys;            // (layers, G, capacity, D)
   void* values;
   const float* cos;   // (D,), of this position; null where positions are learned
   const float* sin;
@@ -337,7 +338,8 @@ class Session {
   // Where the keys (or values) of a key head begin.
   template <typename T>
   T* lane(void* cache, const Call& call, int64_t layer, int64_t group) const {
-    return static_cast<T*>(cache) + (layer * m.kv_heads + group) * call.capacity * m.head_width;
+    return static_cast<T*>(cache) + layer * call.layer_stride +
+           group * call.capacity * m.head_width;
   }
 
   // Write key and value of token t's key head `group` into its cache.
