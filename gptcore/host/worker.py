@@ -115,7 +115,7 @@ class Worker:
                     load_s = 0.0 if is_loaded else self._clock() - before
                     watcher.on_phase("reading the prompt", None)
                     generation = loaded.engine.start(
-                        request, sent_at=sent_at, cancelled=watcher.cancelled
+                        request, sent_at=sent_at, cancelled=watcher.cancelled, shortcuts=True
                     )
                     cost = partial(
                         self._numbers, loaded, generation, queue_s, load_s, memory, sent_at
@@ -355,7 +355,8 @@ class Worker:
         tpot_s, step_bytes = _decode_cost(loaded, generation)
         peak = self._peaks.get(loaded.variant.hash)
         last_s = generation.last_s
-        read = len(generation.prompt_ids) + len(generation.request.forced_ids)
+        known = len(generation.prompt_ids) + len(generation.request.forced_ids)
+        read = known - generation.reused_tokens
         return Numbers(
             prompt_tokens=len(generation.prompt_ids),
             new_tokens=generation.new_tokens,
@@ -431,12 +432,15 @@ def _telling(title: str, watcher: Watcher, clock: Callable[[], float]) -> Callab
 
 
 def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, int]:
-    """Return seconds per output token so far, and the bytes that a step reads on average."""
+    """Return seconds per output token so far, and the bytes that were read for one on average."""
     n_out, first_s, last_s = generation.new_tokens, generation.first_s, generation.last_s
     decode_s = last_s - first_s if last_s is not None and first_s is not None else None
     read = len(generation.prompt_ids) + len(generation.request.forced_ids)
     kv = (read + n_out / 2) * loaded.variant.kv_bytes_per_token
-    return decode_s / (n_out - 1) if decode_s and n_out >= 2 else None, int(loaded.step_bytes + kv)
+    if not decode_s or n_out < 2:
+        return None, int(loaded.step_bytes + kv)
+    steps = min(1.0, generation.steps / (n_out - 1))
+    return decode_s / (n_out - 1), int((loaded.step_bytes + kv) * steps)
 
 
 class _Desk:

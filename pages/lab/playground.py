@@ -15,7 +15,7 @@ from pages.parts import errors, ranking, samplers, settings
 from pages.parts import format as shown
 from pages.parts.charts import STATE_LOOKS
 from pages.parts.copying import copy_popover
-from pages.parts.numbers import costs_in_words, numbers_row
+from pages.parts.numbers import costs_in_words, how_in_words, numbers_row
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import Settings, bound, change, current, settings_of, taken_from
 from pages.parts.tokens import branched, token_text
@@ -297,8 +297,8 @@ def costs(lab: Lab, run_id: str | None) -> None:
     if run.numbers:
         words += f" · {costs_in_words(run.numbers)}"
     st.caption(f":{color}-badge[{icon} {name}] {shown.escaped(words)}")
-    if decoder := (run.result or {}).get("decoder"):
-        st.caption(f"Decoded by {shown.escaped(decoder)}")
+    if run.result and "decoder" in run.result:
+        st.caption(shown.escaped(how_in_words(run.result)))
 
 
 def prompt_field(found: Snapshot | None) -> None:

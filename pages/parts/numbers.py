@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import streamlit as st
 
 from gptcore.records import Numbers
@@ -53,6 +56,19 @@ def worked_mbu(numbers: Numbers) -> str:
         f"÷ {shown.gigabytes(numbers.mbu_peak_bytes_per_s)}/s measured = "
         f"{shown.share(numbers.mbu_ratio)}."
     )
+
+
+def how_in_words(how: Mapping[str, Any]) -> str:
+    """Return what decoded a text, and what was left out on the way."""
+    parts = [f"Decoded by {how['decoder']}"]
+    if reused := how.get("reused_tokens"):
+        parts.append(f"{shown.whole(reused)} prompt tokens known from the text before")
+    if guessed := how.get("guessed_tokens"):
+        accepted = how.get("accepted_tokens", 0)
+        parts.append(
+            f"{shown.whole(accepted)} of {shown.whole(guessed)} tokens guessed ahead were right"
+        )
+    return " · ".join(parts)
 
 
 def costs_in_words(numbers: Numbers) -> str:
