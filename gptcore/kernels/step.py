@@ -62,7 +62,7 @@ class NativeStep:
         packed = any(isinstance(one, NativeLinear) for one in model.modules())
         self.exact = packed
         """Whether all tokens are read here: their bits do not depend on what is read with them."""
-        self.few_tokens = FEW_TOKENS["packed" if packed else _dtype(model)]
+        self.few_tokens = FEW_TOKENS.get("packed" if packed else _dtype(model), 0)
         """Up to so many tokens at once are read faster here than by torch."""
         self.most_tokens = int(library().gpt_most_tokens())
         """Tokens for which the weights are read once."""
