@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING
 
 from gptcore.device import cpu_name, torch_version
@@ -23,7 +22,6 @@ from gptcore.recipe import Recipe, place
 from gptcore.spec import SMOLLM2_135M, ModelSpec, gpt
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from gptcore.model import GPT
@@ -32,7 +30,8 @@ WIDTH, HIDDEN, LAYERS = 1024, 4096, 12
 TOKENS = 128
 KNOWN = 2048
 STEPS = 4
-FEW = 8
+SEVERAL = 72
+"""More than the native step takes at once where torch reads long prompts."""
 SMALL = gpt(LAYERS, 64, 1, context=128, vocabulary=64)
 SMALL_ROTARY = SMOLLM2_135M.model_copy(
     update={"layers": LAYERS, "width": 64, "heads": 3, "kv_heads": 1, "hidden": 256,
@@ -146,28 +145,27 @@ def rates_of(precision: str, watch: Stopwatch, threads: int) -> dict[str, float]
         small, rotary = built(SMALL), built(SMALL_ROTARY)
         block_s = step_s(small, 0, watch) / LAYERS
         model = built(wide)
-        named = list(model.blocks.named_modules())
-        ups = [one for name, one in named if name.endswith(".up")]
-        downs = [one for name, one in named if name.endswith(".down")]
         held = sum(_bytes(one) for one in model.blocks.modules())
         near_s, far_s = step_s(model, 0, watch), step_s(model, KNOWN - 1, watch)
-        work_s = watch.best(partial(through, ups, downs, TOKENS, dtype, device))
+        together_s = prefill_s(small, SEVERAL, watch) / LAYERS
+        whole_s = prefill_s(model, TOKENS, watch)
         cache = model.new_cache(1)
         cached = KNOWN * (cache.k.nbytes + cache.v.nbytes)
-        del named, ups, downs, model
+        weights = sum(one.rows * one.columns * one.count for one in wide.linears[:-1])
+        del model
         square = torch.ones(1, 16, 512, 64, dtype=dtype, device=device)
         attend_s = watch.best(
             lambda: F.scaled_dot_product_attention(square, square, square, is_causal=True)
         )
         return {
-            "flop_per_s": 4 * LAYERS * WIDTH * HIDDEN * TOKENS / work_s,
-            "bytes_per_s": held / max(near_s - LAYERS * block_s, 0.1 * near_s),
+            "flop_per_s": 2 * weights * TOKENS / max(whole_s - LAYERS * together_s, whole_s / 10),
+            "bytes_per_s": held / max(near_s - LAYERS * block_s, near_s / 10),
             "attention_flop_per_s": 2 * 16 * 512 * 512 * 64 / attend_s,
             "attention_bytes_per_s": cached / max(far_s - near_s, 1e-6),
             "block_s": block_s,
-            "together_block_s": forward_s(small, FEW, watch) / LAYERS,
+            "together_block_s": together_s,
             "rotary_block_s": step_s(rotary, 0, watch) / LAYERS,
-            "rotary_together_block_s": forward_s(rotary, FEW, watch) / LAYERS,
+            "rotary_together_block_s": prefill_s(rotary, SEVERAL, watch) / LAYERS,
         }
 
 
@@ -187,33 +185,17 @@ def step_s(model: GPT, known: int, watch: Stopwatch) -> float:
     return watch.best(work) / STEPS
 
 
-def forward_s(model: GPT, tokens: int, watch: Stopwatch) -> float:
-    """Return the seconds of reading so many positions at once."""
-    import torch
+def prefill_s(model: GPT, tokens: int, watch: Stopwatch) -> float:
+    """Return the seconds of reading so many positions at once, as a prompt is read."""
+    from gptcore.engine import prefill
 
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device=watch.device)
     cache = model.new_cache(tokens)
 
     def work() -> None:
         cache.truncate(0)
-        model(ids, cache, last_only=True)
+        prefill(model, [0] * tokens, cache)
 
     return watch.best(work)
-
-
-def through(
-    ups: Sequence[nn.Module],
-    downs: Sequence[nn.Module],
-    tokens: int,
-    dtype: torch.dtype,
-    device: str,
-) -> None:
-    """Send so many positions through each pair of layers."""
-    import torch
-
-    x = torch.ones(1, tokens, WIDTH, dtype=dtype, device=device)
-    for up, down in zip(ups, downs, strict=True):
-        down(up(x))
 
 
 def sampling_s(watch: Stopwatch) -> float:
