@@ -4,7 +4,12 @@ A hundred comparisons of a model with itself: how often is a difference claimed?
 slowed by 10 % (it computes, then spends a tenth of that time on nothing): how often is that found,
 and how often does the 95 % interval of the ratio hold 1.1? Each is what ``compare`` and ``regress``
 do, with the default rule, on the real engine. The two hundred take turns, so that a busy hour of
-the machine meets both. It is meant to be run on a machine as it is, busy or not.
+the machine meets both.
+
+It is meant to be run on a machine as it is, busy or not. The work is short, so that most of its
+repetitions are not interrupted. Where many processes share a core, work that is longer by a tenth
+is interrupted more often, and its median is longer by more than a tenth: then the interval is right
+to leave 1.1 out. So it is also held against the ratio that the hundred find together.
 
 The result is printed, and written to bench/results/.
 """
@@ -18,7 +23,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from math import exp, log
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gptcore.catalogue import Catalogue
@@ -33,8 +40,8 @@ from gptcore.records import Run, RunState, new_id, now
 from gptcore.spec import gpt
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SPEC = gpt(2, 128, 4, context=64, vocabulary=512)
-CELL = Cell(prompt_tokens=8, new_tokens=4)
+SPEC = gpt(1, 128, 2, context=64, vocabulary=256)
+CELL = Cell(prompt_tokens=8, new_tokens=3)
 BLOCK_S = 0.06
 DELAY = 0.1
 SEED_OF_DELAYED = 10_000
@@ -81,6 +88,10 @@ def counts(found: list[dict[str, Any]], delay: float) -> dict[str, Any]:
         return sum(bool(test(one[metric])) for one in found)
 
     truth = 1 + delay
+    together = {
+        metric: exp(fmean(log(one[metric]["ratio"]) for one in found))
+        for metric in ("prefill_s", "decode_s")
+    }
     return {
         "comparisons": len(found),
         "regressed": sum(one["regressed"] for one in found),
@@ -93,6 +104,11 @@ def counts(found: list[dict[str, Any]], delay: float) -> dict[str, Any]:
                 "claimed": times(metric, lambda one: one["verdict"] in ("faster", "slower")),
                 "slower": times(metric, lambda one: one["verdict"] == "slower"),
                 "covered": times(metric, lambda one: one["low"] <= truth <= one["high"]),
+                "together": together[metric],
+                "covered_together": times(
+                    metric,
+                    lambda one, ratio=together[metric]: one["low"] <= ratio <= one["high"],
+                ),
                 "ratio_median": sorted(one[metric]["ratio"] for one in found)[len(found) // 2],
                 "half_width_median": sorted(
                     (one[metric]["high"] / one[metric]["low"]) ** 0.5 - 1 for one in found
@@ -127,14 +143,18 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(
             f"| {what} | {where['prefill_s'][key]} | {where['decode_s'][key]} | {promise} |"
         )
-    lines.append(
-        "| ratio with the delay, median ± half the interval | "
-        + " | ".join(
-            f"{slow[name]['ratio_median']:.3f} ± {slow[name]['half_width_median']:.1%}"
-            for name in ("prefill_s", "decode_s")
-        )
-        + " | |"
-    )
+    by_metric = [slow[name] for name in ("prefill_s", "decode_s")]
+    lines += [
+        "| 10 % delay: ratio of all together | "
+        + " | ".join(f"{one['together']:.3f}" for one in by_metric)
+        + " | |",
+        f"| 10 % delay of {n}: the interval holds that | "
+        + " | ".join(str(one["covered_together"]) for one in by_metric)
+        + " | |",
+        "| 10 % delay: half of an interval, median | "
+        + " | ".join(f"± {one['half_width_median']:.1%}" for one in by_metric)
+        + " | |",
+    ]
     lines += [
         "",
         f"`regress`, which looks at both: a slowdown is claimed in {same['regressed']} of {n} A/A "

@@ -20,7 +20,7 @@ from pages.parts.links import COMPARE, PLAYGROUND
 from pages.parts.requests_table import opened_request, provenance_of, two_columns
 from pages.parts.services import lab as shared_lab
 
-PAGE = 500
+PAGE = 200
 """Runs in the table at once."""
 MOST_COMPARED = 8
 KINDS = (

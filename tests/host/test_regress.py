@@ -146,7 +146,7 @@ def old_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     timing = source / "gptcore/measure/timing.py"
-    slowed = timing.read_text().replace("* delay_ratio,", "* (delay_ratio + 20),")
+    slowed = timing.read_text().replace("began) * ratio", "began) * (ratio + 20)")
     assert slowed != timing.read_text()
     timing.write_text(slowed)
     who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
