@@ -101,7 +101,10 @@ class Lookup:
         self._ids.append(id)
 
     def _guess(self, most: int) -> list[int]:
-        """Return what stood behind the last gram when it occurred before, or nothing."""
+        """Return what stood behind the last gram when it occurred before, or nothing.
+
+        What reaches the end of the text goes on as it began there, as a loop does.
+        """
         if len(self._saved) >= WINDOW:
             if sum(self._saved) < LEAST_ACCEPTED * WINDOW:
                 self._next_at = len(self._ids) + self._pause
@@ -110,4 +113,7 @@ class Lookup:
         if len(self._ids) < self._next_at:
             return []
         at = self._behind.get(tuple(self._ids[-GRAM:]))
-        return [] if at is None else self._ids[at : at + max(0, min(GUESSES, most))]
+        if at is None:
+            return []
+        seen = self._ids[at:]
+        return [seen[i % len(seen)] for i in range(min(GUESSES, most))]
