@@ -37,6 +37,7 @@ from gptcore.cli import (
     regress,
     runs,
     train,
+    tune,
 )
 from gptcore.cli.terminal import (
     REFUSED,
@@ -384,6 +385,9 @@ def _parser() -> argparse.ArgumentParser:
         commands, "export", exporting.export_variant, "write a variant for another program"
     )
     exporting.add_arguments(carried)
+
+    searched = _command(commands, "tune", tune.tune, "search recipes for a model under limits")
+    tune.add_arguments(searched)
 
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(
         required=True, metavar="WHAT"

@@ -59,6 +59,13 @@ page = st.navigation(
                 help="Make the model smaller or faster, and see proof of what that changed.",
             ),
             st.Page(
+                links.TUNE,
+                title="Tune",
+                icon=":material/tune:",
+                url_path="tune",
+                help="Let a search choose the settings of a recipe, under limits.",
+            ),
+            st.Page(
                 links.EXPLAIN,
                 title="Explain",
                 icon=":material/visibility:",

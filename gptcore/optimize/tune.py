@@ -527,9 +527,9 @@ def _quiet() -> Iterator[None]:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with warnings.catch_warnings(
-            action="ignore", category=optuna.exceptions.ExperimentalWarning
-        ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator", UserWarning)
             yield
     finally:
         optuna.logging.set_verbosity(before)

@@ -109,7 +109,7 @@ def _numbers(card: Mapping[str, Any]) -> None:
         if tasks := card.get("tasks"):
             was = tasks["overall"]["accuracy"]["ratio"]
             now = tasks["against"]["overall"]["accuracy"]["ratio"]
-            _metric("Tasks", f"{was:.1%} → {now:.1%}", tasks["flips"]["verdict"])
+            _metric("Tasks", f"{now:.1%}", f"from {was:.1%}, {tasks['flips']['verdict']}")
     if note := quality.get("note"):
         st.caption(shown.escaped(note))
         a, b = quality["bits_per_byte"]
