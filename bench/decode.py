@@ -87,7 +87,7 @@ def smollm2_sides(threads: int) -> dict[str, Side]:
     sides[LIKE_Q4_1] = Side("ours", model=SMOLLM2, precision="bf16", recipe=[form], threads=threads)
     if installed("llama-cpp-python"):
         gguf = next((models_dir() / SMOLLM2).glob("*.gguf"))
-        eight = gguf_files.requantized(gguf, _kept("smollm2-Q8_0.gguf"), "Q8_0")
+        eight = gguf_files.requantized(gguf, kept("smollm2-Q8_0.gguf"), "Q8_0")
         for label, file in (("Q4_1", gguf), ("Q8_0", eight)):
             sides[f"llama.cpp {label}"] = Side(
                 "llama.cpp", file=str(file), label=label, threads=threads
@@ -111,14 +111,15 @@ def large_sides(threads: int) -> dict[str, Side]:
     }
     if installed("llama-cpp-python"):
         for form in ("Q4_1", "Q8_0"):
-            file = gguf_files.random_gpt2(LARGE, _kept(f"{LARGE}-{form}.gguf"), form)
+            file = gguf_files.random_gpt2(LARGE, kept(f"{LARGE}-{form}.gguf"), form)
             sides[f"llama.cpp {form}"] = Side(
                 "llama.cpp", file=str(file), label=form, threads=threads
             )
     return sides
 
 
-def _kept(name: str) -> Path:
+def kept(name: str) -> Path:
+    """Return where a file lies that takes long to make."""
     folder = cache_dir() / "bench"
     folder.mkdir(exist_ok=True)
     return folder / name

@@ -221,7 +221,52 @@ class LlamaCpp(Program):
         return found.decode().strip(" |")
 
 
-KINDS = {"ours": Ours, "transformers": Transformers, "llama.cpp": LlamaCpp}
+def first_token(kind: str, prompt: Sequence[int], **options: object) -> dict[str, float]:
+    """Let a fresh process load a side and compute the first logits; return what that took.
+
+    Returns:
+        ``seconds`` since the process was started, ``cpu_seconds``, ``rss_bytes`` then and
+        ``peak_bytes`` until then, and ``base_bytes`` before the side was loaded.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "bench.sides", kind, json.dumps(options)]
+    done = subprocess.run(
+        [*command, "--first", json.dumps(list(prompt))],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": str(options["threads"])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _first(program: type[Program], options: dict[str, Any], prompt: list[int]) -> None:
+    import resource
+
+    import psutil
+
+    if program is not LlamaCpp:
+        import torch  # noqa: F401  # what a library takes is no part of what a model takes
+    process = psutil.Process()
+    base_bytes = process.memory_info().rss
+    program(**options).read(prompt)
+    used = process.cpu_times()
+    found = {
+        "seconds": time.time() - process.create_time(),
+        "cpu_seconds": used.user + used.system,
+        "base_bytes": base_bytes,
+        "rss_bytes": process.memory_info().rss,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    print(json.dumps(found), flush=True)
+
+
+KINDS: dict[str, type[Program]] = {
+    "ours": Ours,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+}
 
 
 class Side:
@@ -344,5 +389,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("options", type=json.loads)
+    parser.add_argument("--first", type=json.loads, help="a prompt: load, read it, say the cost")
     chosen = parser.parse_args()
-    _serve(KINDS[chosen.kind](**chosen.options))
+    if chosen.first:
+        _first(KINDS[chosen.kind], chosen.options, chosen.first)
+    else:
+        _serve(KINDS[chosen.kind](**chosen.options))

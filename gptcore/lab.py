@@ -76,6 +76,7 @@ from gptcore.optimize.proof import QUICK_CELLS as QUICK_CELLS
 from gptcore.optimize.proof import QUICK_PAIRS as QUICK_PAIRS
 from gptcore.optimize.proof import Goals as Goals
 from gptcore.optimize.proof import Prove as Prove
+from gptcore.optimize.tune import LEAVE as LEAVE
 from gptcore.optimize.tune import OBJECTIVES as OBJECTIVES
 from gptcore.optimize.tune import Knob as Knob
 from gptcore.optimize.tune import Limits as Limits

@@ -29,7 +29,13 @@ from tests.e2e.conftest import BROWSER_OPTIONS, free_port
 
 TEXTS = ("A short tale", "Explain", "A list")
 SLOW_MS = 180_000
-PAGES = ("", "playground", "models", "live")
+PAGES = ("", "playground", "models", "live", "plan", "explain", "in_context")
+OPENED = {
+    "plan": "plan?view=Fit&p_model=gpt3-1.3b&p_card=rtx-3070",
+    "explain": "explain",
+    "in_context": "in_context",
+}
+"""Addresses of pages that are opened with settings of their own."""
 
 
 @contextmanager
@@ -84,6 +90,12 @@ def prepare(browser: Browser, url: str) -> str:
     return address
 
 
+def begun(page: Page, button: str) -> None:
+    """Press a page's own button, once the page has come to rest."""
+    page.wait_for_timeout(1500)
+    page.get_by_role("button", name=button, exact=True).click()
+
+
 def photograph(
     browser: Browser, url: str, run: str, file: Path, *, path: str, theme: str, width: int
 ) -> None:
@@ -93,8 +105,20 @@ def photograph(
         color_scheme="dark" if theme == "dark" else "light",
     )
     page = context.new_page()
-    page.goto(run if path == "playground" else f"{url}/{path}")
+    page.goto(run if path == "playground" else f"{url}/{OPENED.get(path, path)}")
     page.get_by_role("heading", level=1).wait_for()
+    if path == "explain":
+        page.get_by_text("Lens", exact=True).click()
+        begun(page, "Look")
+        page.get_by_text("How it decides").wait_for(timeout=SLOW_MS)
+    if path == "in_context":
+        page.get_by_text("Constraint", exact=True).click()
+        page.get_by_text("JSON schema", exact=True).first.wait_for()
+        begun(page, "Run")
+        page.get_by_text("Take it away as JSON").wait_for(timeout=SLOW_MS)
+        page.set_viewport_size({"width": width, "height": 1150})
+    if path == "plan":
+        page.set_viewport_size({"width": width, "height": 1000})
     if path == "playground":
         page.locator(".token").nth(5).wait_for(state="attached")
         page.get_by_role("button", name="Look", exact=True).click()
@@ -110,7 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--all", action="store_true", help="both themes, 1440 and 800 wide")
+    parser.add_argument("--only", default="", help="some of the pages: plan,explain")
     options = parser.parse_args()
+    chosen = [one for one in PAGES if not options.only or one in options.only.split(",")]
     options.folder.mkdir(parents=True, exist_ok=True)
     installed = USERS_DATA / "models" / SMOLLM2
     if not installed.exists():
@@ -124,9 +150,10 @@ def main() -> None:
             executable_path=chromium(), args=list(BROWSER_OPTIONS), headless=True
         )
         with app(Path(folder)) as url:
-            run = prepare(browser, url)
+            written_first = {"", "playground", "live"} & set(chosen)
+            run = prepare(browser, url) if written_first else ""
             for theme, width in shots:
-                for path in PAGES:
+                for path in chosen:
                     name = path or "home"
                     file = f"{name}_{theme}_{width}.png" if options.all else f"{name}.png"
                     photograph(

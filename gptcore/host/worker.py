@@ -41,8 +41,8 @@ from gptcore.work import Loaded, Work
 
 if TYPE_CHECKING:
     from gptcore.engine import Generation
-    from gptcore.weights import Checkpoint
     from gptcore.model import GPT
+    from gptcore.weights import Checkpoint
 
 MAX_LOADED = 4
 """Variants kept loaded at most; the least recently used goes first."""

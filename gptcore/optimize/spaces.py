@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gptcore.optimize.tune import Knob
+from gptcore.optimize.tune import LEAVE, Knob
 from gptcore.passes.quantize import layer_shapes
 from gptcore.spec import ModelSpec
 
@@ -29,11 +29,17 @@ def bits_by_kind(spec: ModelSpec) -> Space:
         Knob(technique="mixed_bits", layers=f"*.{one}", choices=(3, 4, 8)) for one in kinds
     )
     head = Knob(technique="mixed_bits", layers="head", choices=(4, 8))
-    method = Knob(technique="mixed_bits", field="group", choices=(32, 64, 128))
-    uniform = {one.name: UNIFORM for one in (*knobs, head)} | {method.name: 64}
+    ends = tuple(
+        Knob(technique="mixed_bits", layers=f"blocks.{at}.*", choices=(LEAVE, 8))
+        for at in dict.fromkeys((0, 1, spec.layers - 1))
+        if at < spec.layers
+    )
+    group = Knob(technique="mixed_bits", field="group", choices=(32, 64, 128))
+    uniform: dict[str, str | int | float | bool] = {one.name: UNIFORM for one in (*knobs, head)}
+    uniform |= {one.name: LEAVE for one in ends} | {group.name: 64}
     return Space(
-        "How many bits each kind of layer gets: 3, 4 or 8.",
-        (*knobs, head, method),
+        "How many bits each kind of layer gets, and whether the first and last blocks get more.",
+        (*knobs, head, *ends, group),
         "bf16",
         (uniform,),
     )

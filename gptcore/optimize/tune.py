@@ -49,6 +49,8 @@ OBJECTIVES: Mapping[Objective, tuple[str, str]] = {
     "stored_bytes": ("minimize", "Bytes on disk"),
     "joules": ("minimize", "Joules a token"),
 }
+LEAVE = 0
+"""Bits that leave layers as other entries have them."""
 CELL = Cell(prompt_tokens=32, new_tokens=24)
 REPETITIONS = 5
 """Decodes whose median is a trial's speed."""
@@ -354,7 +356,7 @@ def recipe_of(work: Tune, chosen: Mapping[str, Any]) -> Recipe:
         value = chosen[knob.name]
         fields = settings.setdefault(knob.technique, {})
         if knob.layers:
-            layers.append(f"{knob.layers}:{value}")
+            layers += [f"{knob.layers}:{value}"] if value != LEAVE else []
         elif knob.field:
             fields[knob.field] = value
         elif not value:

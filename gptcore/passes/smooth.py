@@ -5,6 +5,9 @@ larger than the rest and take all the steps of a common scale. Each channel j is
 s_j = max|x_j|^α / max|w_j|^(1 − α) and the weights are multiplied by it, so that both are about as
 hard to round. The division goes into what the channels come from (see ``folding.py``).
 
+We differ in α: by default it is chosen for each place, as the one with which rounding inputs and
+weights is expected to change the outputs least.
+
 The range of a layer's inputs is the one that a calibration text brings to it, after the division;
 what lies outside is clipped.
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 FORMAT = Format(8, activations=True, ranged=True)
 MOMENTS: tuple[Statistic, ...] = ("moments",)
+LEVELS = 255
+STRENGTHS = tuple(i / 20 for i in range(4, 21))
+"""Smoothings that are tried, least first."""
 LEAST = 1e-5
 """The least magnitude of a channel or column that counts."""
 
@@ -61,6 +67,12 @@ class Int8Static(Int8):
         title="Smoothing",
         description="How much of the activations' large channels is moved into the weights: 0 "
         "leaves all as it is, 1 makes all channels equally large.",
+    )
+    search: bool = Field(
+        True,
+        title="Search",
+        description="Choose the smoothing of each place anew, for the least rounding error that is "
+        "to be expected; the one above then only says whether there is any.",
     )
 
     def format(self, name: str) -> Format:
@@ -102,7 +114,7 @@ def _fill(one: Int8Static, model: GPT, formats: dict[str, Format], context: Pass
         context.progress(0.9 + 0.1 * done / len(model.blocks))
         below = f"blocks.{number}."
         known = {name.removeprefix(below): seen[name] for name in formats if name.startswith(below)}
-        for name, layer in _smoothed(model.spec, block, known, one.smoothing).items():
+        for name, layer in _smoothed(model.spec, block, known, one).items():
             replace(model, f"{below}{name}", layer)
     if "head" in formats:
         head = model.head
@@ -110,17 +122,21 @@ def _fill(one: Int8Static, model: GPT, formats: dict[str, Format], context: Pass
 
 
 def _smoothed(
-    spec: ModelSpec, block: nn.Module, seen: dict[str, Statistics], smoothing: float
+    spec: ModelSpec, block: nn.Module, seen: dict[str, Statistics], one: Int8Static
 ) -> dict[str, PackedLinear]:
     """Return the packed layers of a block by name."""
     folding = Folding(block, spec)
     scales: dict[str, Tensor] = {}
     for site in sites(spec):
         names = [name for name in site.layers if name in seen]
-        if smoothing > 0 and names and folding.can(site):
+        if one.smoothing > 0 and names and folding.can(site):
             weights = [folding.layer(name).weight.detach() for name in names]
-            scale = smoothing_scale(weights, _absmax(seen[names[0]]), smoothing)
-            scales |= dict.fromkeys(names, folding.add(site, shared(scale, spec, site)))
+            choices = [
+                shared(smoothing_scale(weights, _absmax(seen[names[0]]), smoothing), spec, site)
+                for smoothing in (STRENGTHS if one.search else (one.smoothing,))
+            ]
+            best = min(choices, key=partial(expected_error, weights, seen[names[0]]))
+            scales |= dict.fromkeys(names, folding.add(site, best))
     made = {
         name: _packed(*folding.tensors(name), known, scales.get(name))
         for name, known in seen.items()
@@ -144,16 +160,43 @@ def smoothing_scale(weights: Sequence[Tensor], absmax: Tensor, smoothing: float)
     return (inputs / columns.clamp_min(LEAST) ** (1 - smoothing)).clamp_min(LEAST)
 
 
+def expected_error(weights: Sequence[Tensor], seen: Statistics, scale: Tensor) -> float:
+    """Return the mean squared error of the outputs, summed, if rounding were independent noise.
+
+    A number that is rounded in steps of d is off by d² / 12 in the mean square; each output sums
+    these over its inputs, weighed by what they are multiplied with.
+
+    Args:
+        weights: (O, I) of each layer with that input.
+        seen: its input.
+        scale: (I,), by which the input's channels are divided.
+    """
+    assert seen.rms is not None
+    low, high = _range(seen, scale)
+    inputs, total = (seen.rms / scale).square().sum(), 0.0
+    for weight in weights:
+        scaled = weight.float() * scale
+        from_inputs = ((high - low) / LEVELS) ** 2 * scaled.square().sum()
+        from_weights = (scaled.abs().amax(1) / (LEVELS // 2)).square().sum() * inputs
+        total += float(from_inputs + from_weights) / 12
+    return total
+
+
+def _range(seen: Statistics, scale: Tensor | None) -> tuple[float, float]:
+    """Return the least and the greatest input, after the division."""
+    assert seen.low is not None
+    assert seen.high is not None
+    low, high = (seen.low, seen.high) if scale is None else (seen.low / scale, seen.high / scale)
+    return min(low.min().item(), 0.0), max(high.max().item(), 0.0)
+
+
 def _packed(
     weight: Tensor, bias: Tensor | None, seen: Statistics, scale: Tensor | None = None
 ) -> PackedLinear:
     from gptcore.linears.quantized import StaticInt8Linear
 
-    assert seen.low is not None
-    assert seen.high is not None
-    low, high = (seen.low, seen.high) if scale is None else (seen.low / scale, seen.high / scale)
     numbers = FORMAT.grid().quantize(weight)
-    return StaticInt8Linear(numbers, bias, low.min().item(), high.max().item())
+    return StaticInt8Linear(numbers, bias, *_range(seen, scale))
 
 
 def _absmax(seen: Statistics) -> Tensor:

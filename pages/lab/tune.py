@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
 from gptcore.lab import (
+    LEAVE,
     OBJECTIVES,
     QUICK_CELLS,
     QUICK_PAIRS,
@@ -168,7 +169,7 @@ def make(run: Run, trial: Mapping[str, Any]) -> None:
 
 def offered(one: Knob) -> tuple[Any, ...]:
     """Return all choices that a knob could have."""
-    return (3, 4, 8) if one.layers else knob_of(one.technique, one.field).choices
+    return (LEAVE, 3, 4, 8) if one.layers else knob_of(one.technique, one.field).choices
 
 
 def search_form(lab: Lab, draft: Draft) -> None:
@@ -190,6 +191,9 @@ def search_form(lab: Lab, draft: Draft) -> None:
                     label,
                     offered(one),
                     key=bound(key, list(one.choices)),
+                    format_func=lambda value: (
+                        "as it is" if type(value) is int and value == LEAVE else str(value)
+                    ),
                     on_change=take_knob,
                     args=(index, key),
                 )

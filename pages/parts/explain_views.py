@@ -384,7 +384,6 @@ def worth(result: Result, run: Run) -> None:
     with left, st.container(border=True, height="stretch"):
         st.markdown("**Layers switched off**")
         chart(explain_charts.layer_bars(parts, layers), key=f"layers {run.id}")
-        _dropping(parts, layers, run)
     with right, st.container(border=True, height="stretch"):
         st.markdown("**Ranking for pruning**, what is missed least first")
         ranked = sorted(heads, key=lambda one: one["kl_nats"])
@@ -405,6 +404,7 @@ def worth(result: Result, run: Run) -> None:
             },
             alt="Heads, the least missed first",
         )
+        _dropping(parts, layers, run)
     if "loss" in result:
         clear = sum(one["loss_change"] > 2 * one["standard_error"] for one in heads)
         st.caption(

@@ -15,10 +15,10 @@ from gptcore.errors import InvalidInput, NumericalError
 from gptcore.linears import resident_bytes
 from gptcore.linears.quantized import StaticInt8Linear
 from gptcore.measure.memory import weight_bytes
-from gptcore.passes.calibrate import calibrate
+from gptcore.passes.calibrate import Statistics, calibrate
 from gptcore.passes.quantize import Int8
 from gptcore.passes.registry import pass_from_json
-from gptcore.passes.smooth import Int8Static, smoothing_scale
+from gptcore.passes.smooth import Int8Static, expected_error, smoothing_scale
 from tests.passes.small import (
     GPT2,
     LLAMA,
@@ -84,6 +84,23 @@ def test_ranges_are_those_of_the_text_after_smoothing(spec) -> None:
         layer = static.get_submodule(name)
         assert layer.low == pytest.approx(min(seen.low.min().item(), 0.0))
         assert layer.high == pytest.approx(max(seen.high.max().item(), 0.0))
+
+
+def test_the_expected_error_is_that_of_rounding() -> None:
+    """Within a fifth of what rounding inputs and weights really does to the outputs."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 64, generator=random) * torch.logspace(-1, 1, 64)
+    weight = torch.randn(32, 64, generator=random)
+    seen = Statistics(
+        len(x), rms=x.square().mean(0).sqrt(), low=x.amin(0), high=x.amax(0), mean_abs=None
+    )
+    for scale in (torch.ones(64), x.abs().amax(0).sqrt()):
+        step = float(((x / scale).max() - (x / scale).min()) / 255)
+        inputs = ((x / scale) / step).round() * step
+        rows = (weight * scale).abs().amax(1, keepdim=True) / 127
+        rounded = ((weight * scale) / rows).round() * rows
+        really = (inputs @ rounded.T - x @ weight.T).square().mean(0).sum().item()
+        assert expected_error([weight], seen, scale) == pytest.approx(really, rel=0.2)
 
 
 def test_smoothing_of_one_makes_all_channels_equally_large() -> None:
