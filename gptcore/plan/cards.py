@@ -134,11 +134,11 @@ _ALL = (
           "Jouppi et al., Ten lessons from three generations, ISCA (mean power)", "2021-06"),
     _card("tpu-v4", "TPU v4 chip", "TPU", 32, 1228, {"bf16": 275, "int8": 275}, 192,
           "Jouppi et al., TPU v4, ISCA, arXiv:2304.01433 (largest power)", "2023-04"),
-    _card("tpu-v5e", "TPU v5e chip", "TPU", 16, 819, {"bf16": 197, "int8": 394}, None,
+    _card("tpu-v5e", "TPU v5e chip", "TPU", 16, 819, {"bf16": 197, "int8": 393}, None,
           "Google Cloud TPU v5e, system architecture", "2023-08"),
     _card("tpu-v5p", "TPU v5p chip", "TPU", 95, 2765, {"bf16": 459, "int8": 918}, None,
           "Google Cloud TPU v5p, system architecture", "2023-12"),
-    _card("tpu-v6e", "TPU v6e chip", "TPU", 32, 1640, {"bf16": 918, "int8": 1836}, None,
+    _card("tpu-v6e", "TPU v6e chip", "TPU", 32, 1638, {"bf16": 918, "int8": 1836}, None,
           "Google Cloud TPU v6e, system architecture", "2024-11"),
 )  # fmt: skip
 
