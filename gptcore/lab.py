@@ -57,6 +57,7 @@ from gptcore.measure.roofline import Reached as Reached
 from gptcore.measure.roofline import reached
 from gptcore.measure.statistics import StopRule as StopRule
 from gptcore.measure.statistics import median_interval, summary
+from gptcore.measure.statistics import pairs_for as pairs_for
 from gptcore.measure.tasks import TASK_SETS, kinds_of, named_tasks
 from gptcore.measure.text_scores import PAIR_SETS
 from gptcore.measure.timing import Cell as Cell

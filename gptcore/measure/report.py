@@ -58,7 +58,8 @@ def comparison_page(run: Run, made: Provenance | None) -> str:
         "<h2>Verdicts</h2><table><tr><th>cell<th>side<th>what<th>ratio to A<th>95 % interval"
         "<th><th>verdict"
     )
-    pieces += [_verdict(one, reach) for one in comparisons]
+    energy = str(result.get("energy_label", "")).partition(":")[0]
+    pieces += [_verdict(one, reach, energy) for one in comparisons]
     pieces.append("</table>")
     floor = result.get("noise_floor_used")
     pieces.append(
@@ -67,9 +68,12 @@ def comparison_page(run: Run, made: Provenance | None) -> str:
         if floor
         else "<p class=said>The noise of this machine was not measured.</p>"
     )
-    pieces.append(f"<h2>Method</h2><p>{escape(result.get('method', ''))}</p>")
+    pieces.append(
+        f"<h2>Method</h2><p>{escape(result.get('method', ''))}</p>"
+        f"<p>Energy: {escape(str(result.get('energy_label', 'unavailable')))}</p>"
+    )
     pieces.append("<h2>Blocks</h2><table><tr><th>cell<th>what<th>side<th>n<th>median<th>ended")
-    pieces += [row for cell in result.get("cells", ()) for row in _blocks(cell)]
+    pieces += [row for cell in result.get("cells", ()) for row in _blocks(cell, energy)]
     pieces.append("</table><h2>What made the numbers</h2><table>")
     conditions = asdict(made) if made else {"provenance": None}
     pieces += [
@@ -93,7 +97,7 @@ def _side(one: Mapping[str, Any]) -> str:
     return "<tr>" + "".join(f"<td>{html.escape(text)}" for text in cells) + f"<td class=n>{memory}"
 
 
-def _verdict(one: Mapping[str, Any], reach: float) -> str:
+def _verdict(one: Mapping[str, Any], reach: float, energy: str) -> str:
     known = one["ratio"] is not None
     numbers = (
         f"<td class=n>{one['ratio']:.3f}<td class=n>{one['low']:.3f} – {one['high']:.3f}"
@@ -106,10 +110,15 @@ def _verdict(one: Mapping[str, Any], reach: float) -> str:
     drawn = _interval(one, reach) if known else ""
     return (
         f"<tr><td>{html.escape(cell_name(one['cell']))}<td>{one['side']}"
-        f"<td>{html.escape(METRICS.get(one['metric'], one['metric']))}{numbers}<td>{drawn}"
+        f"<td>{html.escape(_name(one['metric'], energy))}{numbers}<td>{drawn}"
         f"<td{look} title='{html.escape(one['sentence'], quote=True)}'>"
         f"{html.escape(one['verdict'])}"
     )
+
+
+def _name(metric: str, energy: str) -> str:
+    label = f" ({energy})" if metric == "energy_j" and energy else ""
+    return METRICS.get(metric, metric) + label
 
 
 def _interval(one: Mapping[str, Any], reach: float) -> str:
@@ -127,13 +136,13 @@ def _interval(one: Mapping[str, Any], reach: float) -> str:
     )
 
 
-def _blocks(cell: Mapping[str, Any]) -> Iterator[str]:
+def _blocks(cell: Mapping[str, Any], energy: str) -> Iterator[str]:
     for metric, sides in cell["blocks"].items():
         unit = "J" if metric.endswith("_j") else "s"
         for side, values in sides.items():
             middle = f"{median(values):.5g} {unit}" if values else "—"
             yield (
-                f"<tr><td>{html.escape(cell_name(cell))}<td>{html.escape(METRICS[metric])}"
+                f"<tr><td>{html.escape(cell_name(cell))}<td>{html.escape(_name(metric, energy))}"
                 f"<td>{side}<td class=n>{len(values)}<td class=n>{middle}"
                 f"<td>{html.escape(cell['ended'] or 'not yet')}"
             )

@@ -486,6 +486,14 @@ def holm(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
     )
 
 
+def pairs_for(comparisons: int) -> int:
+    """Return the least pairs with which one of so many comparisons can be claimed after Holm.
+
+    Where all pairs agree, p is 2 / 2^pairs; with fewer pairs even that is not enough.
+    """
+    return max(LEAST_PAIRS, math.floor(math.log2(2 * comparisons / ALPHA)) + 1)
+
+
 def _judged(one: Comparison) -> Comparison:
     verdict = _verdict(one)
     above = (

@@ -12,7 +12,7 @@ import streamlit as st
 from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
-from gptcore.lab import Lab, Snapshot
+from gptcore.lab import Lab, Snapshot, pairs_for
 from gptcore.records import Choice, Run, RunKind, RunState, Token, Vote
 from pages.parts import compare_apart, compare_charts, errors, settings
 from pages.parts import format as shown
@@ -237,6 +237,12 @@ def speed(lab: Lab, wanted: Wanted) -> None:
                 help="A against itself: what this machine makes of no difference at all.",
             )
             noise_badge(lab)
+        numbers = len(compare_charts.METRICS) * len(wanted.batches) * (len(wanted.sides) - 1)
+        if wanted.max_pairs < (least := pairs_for(numbers)):
+            st.caption(
+                f":material/warning: {numbers} numbers are compared, so {wanted.max_pairs} pairs "
+                f"of blocks cannot give a verdict (Holm's correction): take at least {least}."
+            )
     run_id = st.session_state.get("compare_run") or st.query_params.get(RESULT)
     if not run_id:
         st.caption(
@@ -350,7 +356,7 @@ def verdicts(result: Mapping[str, Any], *, final: bool) -> None:
             for cell, one in zip(cells, told, strict=True):
                 ratio = "—" if one["ratio"] is None else f"{_times(one)}"
                 cell.metric(
-                    compare_charts.METRICS[one["metric"]],
+                    compare_charts.metric_name(one["metric"], result["energy_label"]),
                     ratio,
                     help=shown.escaped(one["sentence"]),
                 )
@@ -368,7 +374,9 @@ def details(result: Mapping[str, Any]) -> None:
     """Draw every cell's ratio with its interval, and the blocks behind it."""
     if any(one["ratio"] is not None for one in result["comparisons"]):
         st.plotly_chart(
-            compare_charts.intervals(result["comparisons"], result["noise_floor_used"]),
+            compare_charts.intervals(
+                result["comparisons"], result["noise_floor_used"], result["energy_label"]
+            ),
             key="compare_intervals",
             config={"displayModeBar": False},
         )
@@ -376,7 +384,8 @@ def details(result: Mapping[str, Any]) -> None:
         for cell in result["cells"]:
             for metric in cell["blocks"]:
                 st.caption(
-                    f"{compare_charts.METRICS[metric]}, {compare_charts.cell_name(cell)}: "
+                    f"{compare_charts.metric_name(metric, result['energy_label'])}, "
+                    f"{compare_charts.cell_name(cell)}: "
                     f"{shown.escaped(cell['ended'] or 'not ended yet')}"
                 )
                 st.plotly_chart(

@@ -78,10 +78,27 @@ def cell_name(cell: Mapping[str, Any]) -> str:
     return f"batch {cell['batch']} · {cell['prompt_tokens']:,} + {cell['new_tokens']:,}"
 
 
-def intervals(comparisons: Sequence[Mapping[str, Any]], floor: float | None) -> go.Figure:
+def metric_name(metric: str, energy: str) -> str:
+    """Return what a number is called; an energy never stands without saying how it is known.
+
+    Args:
+        metric: its name.
+        energy: the label of energies, such as ``estimated: processor seconds × 10 W a core``.
+    """
+    label = f" ({energy.partition(':')[0]})" if metric == "energy_j" else ""
+    return METRICS.get(metric, metric) + label
+
+
+def intervals(
+    comparisons: Sequence[Mapping[str, Any]], floor: float | None, energy: str
+) -> go.Figure:
     """Draw each cell's ratio to A with its interval; the band is this machine's noise."""
+
+    def row(one: Mapping[str, Any]) -> str:
+        return f"{one['side']} · {metric_name(one['metric'], energy)} · {cell_name(one['cell'])}"
+
     known = [one for one in comparisons if one["ratio"] is not None]
-    rows = list(dict.fromkeys(map(_row, known)))
+    rows = list(dict.fromkeys(map(row, known)))
     made = figure(
         64 + 30 * max(1, len(rows)),
         xaxis={"title": "Ratio to A (logarithmic)", "type": "log", "tickformat": ".2~f"},
@@ -96,7 +113,7 @@ def intervals(comparisons: Sequence[Mapping[str, Any]], floor: float | None) -> 
             color = GOOD if one["verdict"] in ("faster", "less") else BAD
         made.add_scatter(
             x=[one["ratio"]],
-            y=[_row(one)],
+            y=[row(one)],
             error_x={
                 "type": "data",
                 "symmetric": False,
@@ -108,7 +125,7 @@ def intervals(comparisons: Sequence[Mapping[str, Any]], floor: float | None) -> 
             mode="markers",
             marker={"color": color, "size": 10},
             hovertemplate=f"{one['verdict']}<br>{one['ratio']:.3f} "
-            f"({one['low']:.3f} to {one['high']:.3f})<extra>{_row(one)}</extra>",
+            f"({one['low']:.3f} to {one['high']:.3f})<extra>{row(one)}</extra>",
         )
     return made
 
@@ -134,7 +151,3 @@ def blocks(cell: Mapping[str, Any], metric: str) -> go.Figure:
             hovertemplate=f"%{{y:.3g}} {unit}<extra>{side}</extra>",
         )
     return made
-
-
-def _row(one: Mapping[str, Any]) -> str:
-    return f"{one['side']} · {METRICS.get(one['metric'], one['metric'])} · {cell_name(one['cell'])}"

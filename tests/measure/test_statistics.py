@@ -29,6 +29,7 @@ from gptcore.measure.statistics import (
     interleaved,
     median_interval,
     noise_floor,
+    pairs_for,
     quantity_of,
     summary,
 )
@@ -506,3 +507,15 @@ def test_scipy_is_paid_for_only_by_who_compares() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("comparisons", "pairs"), [(1, 6), (3, 7), (12, 9), (64, 12)])
+def test_the_least_pairs_of_a_grid_can_just_be_claimed(comparisons: int, pairs: int) -> None:
+    assert pairs_for(comparisons) == pairs
+    agreeing = np.linspace(1.0, 1.1, pairs)
+    slower = compare(agreeing, agreeing * np.linspace(1.2, 1.3, pairs))
+    same = compare(agreeing, agreeing * np.linspace(0.99, 1.01, pairs))
+    assert holm([slower] + [same] * (comparisons - 1))[0].verdict.claims
+    if pairs > 6:
+        fewer = compare(agreeing[:-1], (agreeing * np.linspace(1.2, 1.3, pairs))[:-1])
+        assert not holm([fewer] + [same] * (comparisons - 1))[0].verdict.claims

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,33 @@ def test_measuring_gives_a_verdict_under_a_link_that_keeps_it(lab: Lab) -> None:
         word in text for text in words for word in ("Faster", "Slower", "No detectable difference")
     )
     assert {"Prefill time", "Decode time"} <= {one.label for one in again.metric}
+
+
+def test_a_result_is_the_same_after_a_hundred_more_runs_and_a_restart(data_folder: Path) -> None:
+    tiny_checkpoint(data_folder / "models" / "tiny")
+    with Lab.open(monitor=False) as lab:
+        work = Compare(
+            variants=(lab.variant("tiny", threads=1), lab.variant("tiny", "bf16", threads=1)),
+            cells=(Cell(prompt_tokens=8, new_tokens=4),),
+            stop=StopRule(max_pairs=6, min_pairs=6),
+            block_s=0.0,
+        )
+        run_id = lab.compare(work)
+        first = lab.wait(run_id, 60).run
+        request = Request(prompt="The fox", max_new_tokens=1)
+        for _ in range(100):
+            last = lab.generate(lab.variant("tiny", threads=1), request)
+        lab.wait(last, 120)
+    with Lab.open(monitor=False) as lab:
+        again = lab.snapshot(run_id)
+        assert again is not None
+        assert again.run.result == json.loads(json.dumps(first.result))
+        assert lab.comparison_page(again.run) == lab.comparison_page(first)
+        services.set_lab(lab)
+        shown = [one.value for one in compare(result=run_id).metric]
+        services.set_lab(None)
+    told = [one for one in first.result["comparisons"] if one["side"] == "B"]
+    assert [f"{one['ratio']:.3f} ×" for one in told] == shown[: len(told)]
 
 
 def test_the_noise_is_measured_and_stands_on_its_badge(lab: Lab) -> None:
