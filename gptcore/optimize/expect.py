@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gptcore.measure.bench import COSTS, Weighed, arithmetic
+from gptcore.measure.bench import CEILING_TOLERANCE, COSTS, Weighed, arithmetic
 from gptcore.measure.peaks import peak_bandwidth, peak_flops
 from gptcore.measure.timing import Cell
 from gptcore.work import Loaded
@@ -46,7 +46,7 @@ def expected(
     a_s: float,
     b_s: float,
     ratio: float,
-    roof: Callable[[Loaded, Cell, str], float] | None = None,
+    roof: Callable[[Loaded, Cell, str, float], float] | None = None,
 ) -> Expected:
     """Return the expectation for one stretch of work, with the rule that speaks for the outcome.
 
@@ -61,7 +61,7 @@ def expected(
         roof: seconds at the limit of the machine; ``roofline_s`` if not given.
     """
     bound = roof or roofline_s
-    a_roof, b_roof = bound(a, cell, target), bound(b, cell, target)
+    a_roof, b_roof = bound(a, cell, target, a_s), bound(b, cell, target, b_s)
     wanted = b_roof / a_roof
     agrees = abs(ratio / wanted - 1) <= AGREES
     a_share, b_share = a_roof / a_s, b_roof / b_s
@@ -69,13 +69,21 @@ def expected(
     return Expected(target, cell, wanted, ratio, agrees, a_share, b_share, rule)
 
 
-def roofline_s(loaded: Loaded, cell: Cell, target: str) -> float:
-    """Return the seconds that the measured peaks of this machine allow."""
+def roofline_s(loaded: Loaded, cell: Cell, target: str, took_s: float) -> float:
+    """Return the seconds that the measured peaks of this machine allow.
+
+    A peak that the work itself beat was measured while the machine was busy, and is measured again.
+    """
     placement = loaded.variant.placement
     threads = placement.resolved_threads
     cost = COSTS[target](Weighed.of(loaded), cell)
-    moved = cost.moved / peak_bandwidth(placement.device, cost.working_set, threads).bytes_per_s
-    compute = peak_flops(placement.device, arithmetic(loaded.variant), threads)
+    bandwidth = peak_bandwidth(
+        placement.device, cost.working_set, threads, at_least=cost.moved / took_s
+    )
+    moved = cost.moved / bandwidth.bytes_per_s
+    compute = peak_flops(
+        placement.device, arithmetic(loaded.variant), threads, at_least=cost.flop / took_s
+    )
     return max(moved, cost.flop / compute.flop_per_s if compute else 0.0)
 
 
@@ -89,6 +97,11 @@ def _rule(
     a_share: float,
     b_share: float,
 ) -> str:
+    if max(a_share, b_share) > CEILING_TOLERANCE:
+        return (
+            f"No rule: A reached {a_share:.0%} and B {b_share:.0%} of what was measured as the "
+            "machine's limit, so that limit is wrong."
+        )
     same_bytes = abs(b.step_bytes / a.step_bytes - 1) < 0.02
     if agrees and same_bytes and target == "decode":
         return "It reads as many bytes a token as before, so nothing was to be gained."

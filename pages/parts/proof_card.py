@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from pages.parts import format as shown
 from pages.parts import proof_charts
 from pages.parts.compare_charts import cell_name
 
-BETTER_WORDS = {"Decode": "faster", "Prefill": "faster", "Response": "faster"}
+COLOURED_NATS, RED_NATS = 0.05, 0.5
+"""KL of a token from which on it is coloured, and at which it is red."""
 HELP = {
     "Decode": "How many times as fast new tokens come, one sequence at a time: median of the "
     "paired blocks of both sides, measured in turn.",
@@ -328,12 +330,9 @@ def _damage(card: Mapping[str, Any], key: str) -> None:
 
 
 def _tokens(tokens: list[str], kl: list[float], first: int | None) -> None:
-    import html
-
-    top = sorted(kl)[int(0.97 * (len(kl) - 1))] or 1.0
     spans = []
     for at, (token, value) in enumerate(zip(tokens, kl, strict=True)):
-        strength = min(0.75, 0.75 * value / top) if value > top / 8 else 0.0
+        strength = min(0.75, 0.75 * value / RED_NATS) if value > COLOURED_NATS else 0.0
         style = f"background: rgba(213,69,90,{strength:.2f}); border-radius: 3px;"
         if at == first:
             style += " outline: 2px solid rgb(213,69,90);"
@@ -342,8 +341,8 @@ def _tokens(tokens: list[str], kl: list[float], first: int | None) -> None:
     st.html('<div style="white-space: pre-wrap; line-height: 1.7">' + "".join(spans) + "</div>")
     where = "nowhere in this text" if first is None else f"after token {first + 1}, outlined"
     st.caption(
-        f"Redder: the prediction after this token changed more. The likeliest token first differs "
-        f"{where}."
+        f"Coloured where the prediction after a token moved by more than {COLOURED_NATS:g} nats, "
+        f"full red at {RED_NATS:g}. The likeliest token first differs {where}."
     )
 
 

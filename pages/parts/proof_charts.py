@@ -68,7 +68,7 @@ def damage(found: Mapping[str, Any]) -> go.Figure:
             "side": "right",
             "rangemode": "tozero",
             "showgrid": False,
-            "tickformat": ".0%",
+            "tickformat": ".2%",
         },
     )
     blocks = [one["blocks"] for one in stream]

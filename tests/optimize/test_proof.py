@@ -175,7 +175,7 @@ def test_the_rule_names_what_bounds_a_side(catalogue: Catalogue) -> None:
             a_s=a_s,
             b_s=b_s,
             ratio=b_s / a_s,
-            roof=lambda loaded, cell, target: roofs[id(loaded)],
+            roof=lambda loaded, cell, target, took_s: roofs[id(loaded)],
         )
 
     assert told(1.1, 0.28).agrees
@@ -185,6 +185,7 @@ def test_the_rule_names_what_bounds_a_side(catalogue: Catalogue) -> None:
     assert slow.expected_ratio == 0.25
     assert "B works at 25% of what this machine allows and A at 83%" in slow.rule
     assert "use the machine better" in told(10.0, 0.3).rule
+    assert "that limit is wrong" in told(0.5, 0.3).rule
 
 
 def test_signal_to_noise_is_that_of_known_noise() -> None:
