@@ -28,7 +28,7 @@ from tests.conftest import SMOLLM2, USERS_DATA, chromium, share
 from tests.e2e.conftest import BROWSER_OPTIONS, free_port
 
 TEXTS = ("A short tale", "Explain", "A list")
-SLOW_MS = 180_000
+SLOW_MS = 600_000
 PAGES = ("", "playground", "models", "live", "plan", "explain", "in_context")
 OPENED = {
     "plan": "plan?view=Fit&p_model=gpt3-1.3b&p_card=rtx-3070",
@@ -56,7 +56,7 @@ def app(data: Path) -> Iterator[str]:
             try:
                 urllib.request.urlopen(f"{url}/healthz", timeout=5).close()
                 break
-            except (urllib.error.URLError, ConnectionError):
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
                 if process.poll() is not None or time.monotonic() > deadline:
                     sys.exit("The app did not start.")
                 time.sleep(0.2)
@@ -124,6 +124,8 @@ def photograph(
         page.get_by_role("button", name="Look", exact=True).click()
         page.locator("button.row[data-token]").first.wait_for(timeout=60_000)
         page.locator(".token").filter(has_text=re.compile(r"\w{4}")).nth(6).hover()
+    if path in {"plan", "explain"}:
+        page.locator(".js-plotly-plot").first.wait_for(timeout=SLOW_MS)
     page.wait_for_timeout(3000)
     page.screenshot(path=file)
     context.close()
