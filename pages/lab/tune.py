@@ -191,9 +191,7 @@ def search_form(lab: Lab, draft: Draft) -> None:
                     label,
                     offered(one),
                     key=bound(key, list(one.choices)),
-                    format_func=lambda value: (
-                        "as it is" if type(value) is int and value == LEAVE else str(value)
-                    ),
+                    format_func=choice_name,
                     on_change=take_knob,
                     args=(index, key),
                 )
@@ -233,6 +231,13 @@ def search_form(lab: Lab, draft: Draft) -> None:
         ),
         on_change=add_knob,
     )
+
+
+def choice_name(value: Any) -> str:
+    """Return a choice for a person."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "as others" if value == LEAVE else str(value)
 
 
 def title_of(one: Knob) -> str:

@@ -23,6 +23,8 @@ from pages.parts.services import lab as shared_lab
 PAGE = 200
 """Runs in the table at once."""
 MOST_COMPARED = 8
+SETTINGS_HEIGHT = 420
+"""Pixels; what is longer scrolls."""
 KINDS = (
     RunKind.GENERATE,
     RunKind.BENCH,
@@ -39,6 +41,14 @@ KINDS = (
     RunKind.TUNE,
     RunKind.PULL,
 )
+RESULTS = {
+    RunKind.COMPARE: "result",
+    RunKind.REGRESS: "result",
+    RunKind.EVALUATE: "quality",
+    RunKind.TASKS: "quality",
+    RunKind.TEXTS: "quality",
+}
+"""Under which name in its address the Compare page shows the result of a run."""
 ORDERS = {
     "created_at": "Time",
     "model": "Model",
@@ -326,12 +336,12 @@ def opened(lab: Lab, run_id: str) -> None:
                     icon=":material/edit_note:",
                     query_params={"run": run.id},
                 )
-            if run.kind in (RunKind.COMPARE, RunKind.REGRESS):
+            if name := RESULTS.get(run.kind):
                 st.page_link(
                     COMPARE,
                     label="Open the result",
                     icon=":material/compare_arrows:",
-                    query_params={"result": run.id},
+                    query_params={name: run.id},
                 )
             if run.kind not in (RunKind.PULL, RunKind.INSPECT):
                 st.button(
@@ -355,9 +365,9 @@ def opened(lab: Lab, run_id: str) -> None:
 def said_about(lab: Lab, run: Run) -> None:
     """Draw tags, note, pin and archive of a run, to be changed in place."""
     said = lab.annotation(run.id)
-    row = st.columns([3, 4, 1, 1, 1], vertical_alignment="bottom")
+    left, right = st.columns([3, 4], vertical_alignment="bottom")
     key = f"note_{run.id}"
-    row[0].multiselect(
+    left.multiselect(
         "Tags",
         sorted({*lab.tags(), *said.tags}),
         default=list(said.tags),
@@ -368,7 +378,7 @@ def said_about(lab: Lab, run: Run) -> None:
         on_change=annotate,
         args=(run.id, "tags", f"{key}_tags"),
     )
-    row[1].text_input(
+    right.text_input(
         "Note",
         said.note,
         max_chars=2000,
@@ -376,20 +386,20 @@ def said_about(lab: Lab, run: Run) -> None:
         on_change=annotate,
         args=(run.id, "note", f"{key}_note"),
     )
-    for column, name, label in zip(
-        row[2:],
-        ("pinned", "archived", "baseline"),
-        ("Pinned", "Archived", "Baseline"),
-        strict=True,
-    ):
-        column.toggle(
-            label,
-            getattr(said, name),
-            help=HELP_BASELINE if name == "baseline" else None,
-            key=f"{key}_{name}",
-            on_change=annotate,
-            args=(run.id, name, f"{key}_{name}"),
-        )
+    with st.container(horizontal=True):
+        for name, label, help in (
+            ("pinned", "Pinned", "It stands above all others."),
+            ("archived", "Archived", "It is shown only where archived runs are asked for."),
+            ("baseline", "Baseline", HELP_BASELINE),
+        ):
+            st.toggle(
+                label,
+                getattr(said, name),
+                help=help,
+                key=f"{key}_{name}",
+                on_change=annotate,
+                args=(run.id, name, f"{key}_{name}"),
+            )
 
 
 def held_against(lab: Lab, run: Run) -> None:
@@ -439,7 +449,11 @@ def work_details(lab: Lab, run: Run) -> None:
     left, right = st.columns(2)
     with left:
         st.caption("Settings")
-        st.code(json.dumps(run.settings, indent=1, ensure_ascii=False)[:20_000], language="json")
+        st.code(
+            json.dumps(run.settings, indent=1, ensure_ascii=False)[:20_000],
+            language="json",
+            height=SETTINGS_HEIGHT,
+        )
     with right:
         st.caption("Provenance")
         two_columns(provenance_of(lab, run), "What made the run's numbers")
@@ -455,7 +469,9 @@ def compared(lab: Lab, ids: Sequence[str]) -> None:
     if len(ids) > MOST_COMPARED:
         st.caption(f"{len(ids)} runs are marked; the first {MOST_COMPARED} are compared.")
         ids = ids[:MOST_COMPARED]
-    settings, conditions = lab.differences(ids)
+    asked, conditions = lab.differences(ids)
+    # The shape follows from the model, which is shown.
+    settings = {name: values for name, values in asked.items() if "spec." not in name}
     with st.container(border=True):
         st.subheader(f"{len(ids)} runs against each other")
         if settings:
@@ -521,7 +537,10 @@ def _by_run(ids: Sequence[str], differing: Mapping[str, Sequence[Any]]) -> dict[
     return {
         "What": list(differing),
         **{
-            run_id: [shown.one_line(str(values[at]), 200) for values in differing.values()]
+            run_id: [
+                shown.UNKNOWN if values[at] is None else shown.one_line(str(values[at]), 200)
+                for values in differing.values()
+            ]
             for at, run_id in enumerate(ids)
         },
     }

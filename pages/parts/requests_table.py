@@ -179,6 +179,7 @@ def provenance_of(lab: Lab, run: Run) -> dict[str, Any]:
         "Commit": made.git_commit,
         "Python": made.python,
         "torch": made.torch,
+        "Power": made.power,
     }
 
 
@@ -194,6 +195,7 @@ def two_columns(cells: Mapping[str, Any], what: str) -> None:
         },
         hide_index=True,
         column_config={"Name": st.column_config.TextColumn(width="small")},
+        height="content",
         alt=what,
     )
 

@@ -431,7 +431,13 @@ inline void pack_block(int format, int64_t rows, int64_t columns, int group, con
                        const void* scales, const uint16_t* zeros, int64_t block, uint8_t* to) {
   int64_t groups = groups_of(columns, group), first = block * BLOCK;
   std::memset(to, 0, size_t(block_bytes(format, columns, group)));
-  for (int64_t k = 0; k < groups * group; k++)
+  int64_t whole = 0;
+  if (format != INT4 && first + BLOCK <= rows)  // four columns of a row lie together
+    for (; whole + 4 <= columns; whole += 4)
+      for (int64_t r = 0; r < BLOCK; r++)
+        store(to + whole * BLOCK + r * 4,
+              load<uint32_t>(codes + (first + r) * columns + whole) ^ 0x80808080u);
+  for (int64_t k = whole; k < groups * group; k++)
     for (int64_t r = 0; r < BLOCK; r++) {
       bool inside = first + r < rows && k < columns;
       int code = inside ? codes[(first + r) * columns + k] : format == INT4 ? 8 : 0;
