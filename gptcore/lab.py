@@ -66,6 +66,7 @@ from gptcore.measure.works_quality import Texts as Texts
 from gptcore.monitor import Monitor, gpu_collector, machine_collectors
 from gptcore.monitor.prometheus import Metrics
 from gptcore.monitor.traffic import Traffic
+from gptcore.optimize.carry import Export as Export
 from gptcore.optimize.estimate import Estimate as Estimate
 from gptcore.optimize.estimate import Predicted as Predicted
 from gptcore.optimize.estimate import predicted as predicted

@@ -310,6 +310,7 @@ class RunKind(StrEnum):
     OPTIMIZE = "optimize"
     PROVE = "prove"
     ESTIMATE = "estimate"
+    EXPORT = "export"
     TRAIN = "train"
     TUNE = "tune"
     EXPLAIN = "explain"

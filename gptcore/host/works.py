@@ -16,6 +16,7 @@ from gptcore.measure.compare import Compare
 from gptcore.measure.evaluate import Evaluate
 from gptcore.measure.few_shot import FewShot
 from gptcore.measure.works_quality import Tasks, Texts
+from gptcore.optimize.carry import Export
 from gptcore.optimize.estimate import Estimate
 from gptcore.optimize.make import Optimize
 from gptcore.optimize.proof import Prove
@@ -33,6 +34,7 @@ WORKS: Mapping[RunKind, type[Work]] = {
         Estimate,
         Evaluate,
         Explain,
+        Export,
         FewShot,
         Optimize,
         Prove,

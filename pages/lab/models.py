@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 lab = shared_lab()
 NOT_HELD = "color: #8b909c"
 UPLOAD_MB = 2048
+WEIGHTS = {"installed": "on disk", "variant": "made here", "random": "random"}
 
 
 def on_disk(entries: list[ModelEntry]) -> ModelEntry | None:
@@ -234,7 +235,7 @@ def holding(entries: list[ModelEntry]) -> None:
     table = pd.DataFrame(
         {
             "Model": [one.title for one in rows],
-            "Weights": ["on disk" if one.kind == "installed" else "random" for one in rows],
+            "Weights": [WEIGHTS[one.kind] for one in rows],
             "Parameters": [shown.parameters(one.spec.parameters) for one in rows if one.spec],
         }
         | {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
 from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
-from gptcore.lab import Goals, Lab, Optimize, Snapshot, predicted
+from gptcore.export import formats
+from gptcore.lab import Export, Goals, Lab, Optimize, Snapshot, predicted
 from gptcore.optimize.pareto import card_of, front
 from gptcore.optimize.ready import READY
 from gptcore.passes.base import Pass
@@ -43,6 +45,8 @@ from pages.parts.settings import bound
 
 TICK_S = 0.4
 VIEWS = ("Proof", "All variants")
+MOST_DOWNLOADED = 512 * 2**20
+"""A larger file is left where it lies."""
 ABOUT_S = 0.5
 """Shorter times are not worth a number."""
 
@@ -129,6 +133,20 @@ def close_card() -> None:
     """Leave the card; it stays in the database under its link."""
     st.session_state.pop("optimize_run", None)
     st.query_params.pop(PROOF, None)
+
+
+def carry(name: str) -> None:
+    """Write the finished variant in the chosen form."""
+    lab = shared_lab()
+    chosen = settings.current()
+    try:
+        work = Export(
+            variant=lab.variant(name, None, chosen.device, chosen.threads),
+            form=st.session_state["export_form"],
+        )
+        st.session_state["export_run"] = lab.start(work)
+    except (GptcoreError, ValidationError) as error:
+        say(errors.sentence(error))
 
 
 def use(name: str) -> None:
@@ -379,8 +397,60 @@ def made(run: Run) -> None:
                 args=(name,),
                 help="Choose it in the sidebar, for the playground and every other page.",
             )
+            with st.popover("Export", icon=":material/output:"):
+                _export_form(name)
     if result["weights_sha256"]:
         st.caption(f"Weights {result['weights_sha256'][:23]}…; the recipe makes the same again.")
+
+
+def _export_form(name: str) -> None:
+    choices = {one.form.name: one for one in formats()}
+    st.selectbox(
+        "Format",
+        list(choices),
+        key="export_form",
+        format_func=lambda one: (
+            choices[one].form.title + (" · not here" if choices[one].blocked else "")
+        ),
+    )
+    chosen = choices[st.session_state["export_form"]]
+    st.caption(shown.escaped(chosen.form.description))
+    if chosen.blocked:
+        st.caption(f":orange[:material/block:] {shown.escaped(chosen.blocked)}")
+    st.button(
+        "Write it",
+        icon=":material/output:",
+        on_click=carry,
+        args=(name,),
+        disabled=chosen.blocked is not None,
+    )
+
+
+def exported(lab: Lab) -> None:
+    """Draw the export that goes on, or what it wrote."""
+    run_id = st.session_state.get("export_run")
+    found = lab.snapshot(run_id) if run_id else None
+    if found is None:
+        return
+    run = found.run
+    if not run.state.final:
+        st.progress(found.progress or 0.0, text=_phase(found))
+    elif run.result and run.state is RunState.DONE:
+        path = Path(run.result["path"])
+        with st.container(border=True, horizontal=True, vertical_alignment="center"):
+            st.markdown(
+                f":material/output: {shown.escaped(path.name)}, {shown.size(run.result['bytes'])}, "
+                "in `data/exports`",
+                width="stretch",
+            )
+            if path.is_file() and run.result["bytes"] <= MOST_DOWNLOADED:
+                st.download_button(
+                    "Download", path.read_bytes, path.name, icon=":material/download:"
+                )
+        if run.result["note"]:
+            st.caption(shown.escaped(run.result["note"]))
+    else:
+        errors.show(run.error or f"The export ended: {run.state}.")
 
 
 def _phase(found: Snapshot) -> str:
@@ -451,6 +521,10 @@ with left:
     recipe_form(lab, draft, variant)
 with right:
     before(lab, draft, variant)
+going = lab.snapshot(st.session_state.get("export_run") or "")
+st.fragment(
+    errors.guarded(exported), run_every=1.0 if going and not going.run.state.final else None
+)(lab)
 view = st.segmented_control("View", VIEWS, default=VIEWS[0], label_visibility="collapsed")
 if view == VIEWS[1]:
     everything(lab)

@@ -148,3 +148,17 @@ def test_a_search_of_nothing_is_refused(lab: Lab) -> None:
         left[0].click().run()
         assert not test.exception, key
     assert "needs one setting at least" in words(test)
+
+
+def test_a_variant_is_written_for_other_programs(lab: Lab) -> None:
+    test = page("lab/optimize.py", o=pack(QUICK.model_dump(mode="json")))
+    clicked(test, "Optimize")
+    ended(lab, RunKind.OPTIMIZE)
+    test.run()
+    test.selectbox(key="export_form").set_value("gguf-q8_0").run()
+    clicked(test, "Write it")
+    run = ended(lab, RunKind.EXPORT)
+    assert run.result is not None
+    assert Path(run.result["path"]).stat().st_size == run.result["bytes"]
+    test.run()
+    assert "gguf-q8_0.gguf" in words(test)
