@@ -2,11 +2,12 @@
 
 Each time is taken by the browser's own clock, from the click or key (for first paint: from asking
 for the address) to the frame in which the table is there and its caption says what was asked for.
-A warm visit is what a person has who uses the program; the first one also compiles the page's
-script and opens the database. Beside them stands the time to the title of another page, which is
-about what Streamlit itself takes here.
+A warm visit is what a person has who uses the program; at the first one the browser has nothing of
+the program yet, and the server opens the database. Beside them stands the time to the title of
+another page, which is about what Streamlit itself takes here.
 
-It needs requirements-test.txt and Chromium. The result is printed, and written to bench/results/.
+It needs requirements-test.txt and Chromium. The result is printed, and written to bench/results/
+and into bench/README.md.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Page, sync_playwright
 
+from bench.decode import into_readme
 from gptcore.device import cores, cpu_name
 from gptcore.records import Measurement, Numbers, Run, RunKind, RunState
 from gptcore.store import Store, open_store
@@ -104,14 +106,12 @@ def timed(page: Page, act: Callable[[], object], runs: int) -> float:
     return painted(page, runs) - began
 
 
-def visit(browser: Browser, server: Server, counts: Mapping[str, int]) -> dict[str, float]:
-    """Return the times of one visit in a browser without a memory."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
+def visit(context: BrowserContext, server: Server, counts: Mapping[str, int]) -> dict[str, float]:
+    """Return the times of one visit, each page in a new tab."""
     page = context.new_page()
     page.goto(server.link("plan"), wait_until="commit")
     found = {"another page": titled(page)}
-    context.close()
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page.close()
     page = context.new_page()
     page.goto(server.link("history"), wait_until="commit")
     found["first paint"] = painted(page, counts["all"])
@@ -126,7 +126,7 @@ def visit(browser: Browser, server: Server, counts: Mapping[str, int]) -> dict[s
     option = page.get_by_role("option", name="Failed", exact=True)
     option.wait_for()
     found["filter by state"] = timed(page, option.click, counts["failed"])
-    context.close()
+    page.close()
     return found
 
 
@@ -146,8 +146,9 @@ def visits(server: Server, counts: Mapping[str, int], rounds: int) -> dict[str, 
         browser = playwright.chromium.launch(
             executable_path=chromium(), args=list(BROWSER_OPTIONS), headless=True
         )
+        context = browser.new_context(viewport={"width": 1440, "height": 900})
         for number in range(rounds + 1):
-            for name, seconds in visit(browser, server, counts).items():
+            for name, seconds in visit(context, server, counts).items():
                 found.setdefault(name if number else f"{name}, the first time", []).append(seconds)
         browser.close()
     return found
@@ -189,6 +190,7 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "history.json").write_text(json.dumps(found, indent=1) + "\n")
         (RESULTS / "history.md").write_text(text)
+        into_readme("history", text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ repetitions are not interrupted. Where many processes share a core, work that is
 is interrupted more often, and its median is longer by more than a tenth: then the interval is right
 to leave 1.1 out. So it is also held against the ratio that the hundred find together.
 
-The result is printed, and written to bench/results/.
+The result is printed, and written to bench/results/ and into bench/README.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.decode import into_readme
 from gptcore.catalogue import Catalogue
 from gptcore.device import Placement
 from gptcore.host.regress import Regress
@@ -204,6 +205,7 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "trust.json").write_text(json.dumps(result, indent=1) + "\n")
         (RESULTS / "trust.md").write_text(text)
+        into_readme("trust", text)
 
 
 if __name__ == "__main__":

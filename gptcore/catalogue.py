@@ -69,6 +69,8 @@ FILES = (
 RANDOM = "random:0"
 CHUNK_BYTES = 4 * 2**20
 POLL_S = 0.1
+ABANDONED_S = 3600.0
+"""A half-made folder that nobody wrote to for so long is nobody's."""
 PROBLEM_S = 60.0
 """How long a damaged model is believed to be damaged before it is looked at again."""
 FOREIGN_CHARACTERS = re.compile(r"[^A-Za-z0-9._-]+")
@@ -110,6 +112,17 @@ class Catalogue:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, tuple[tuple[object, ...], float, ModelEntry]] = {}
+
+    def sweep(self) -> None:
+        """Remove what was being written, added or deleted when its process was killed.
+
+        What is younger than an hour may still be at work, and stays.
+        """
+        for path in self.folder.glob(".*-*"):
+            half = path.name.startswith((".writing-", ".adding-", ".deleting-"))
+            with contextlib.suppress(OSError):
+                if half and time.time() - path.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def entries(self) -> tuple[ModelEntry, ...]:
         """Return installed models, then presets; what cannot be used says why."""

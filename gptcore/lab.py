@@ -222,6 +222,7 @@ class Lab:
             store = open_store(f"sqlite:///{folder.name}/lab.db")
         lab = cls(store, Catalogue(models_dir()), store_problem=problem)
         lab._temporary = folder
+        lab.catalogue.sweep()
         store.interrupt_orphans(owner_lives)
         if monitor:
             lab.monitor.start()

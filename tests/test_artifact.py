@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import torch
 
 from gptcore import artifact
 from gptcore.catalogue import Catalogue
-from gptcore.errors import InvalidInput, InvalidWeights
+from gptcore.errors import Cancelled, InvalidInput, InvalidWeights
 from gptcore.host.worker import Watcher, Worker
+from gptcore.model import GPT
 from gptcore.passes.base import Pass
 from gptcore.passes.drop_layers import DropLayers
 from gptcore.passes.kv_cache import KVCacheBits
@@ -274,3 +278,30 @@ def test_a_recipe_reads_back_from_its_file_and_from_calls() -> None:
     recipe = Recipe(passes=(Prune(sparsity=0.4), Int4(group=32)), calibration=TEXT)
     assert recipe_from_text(recipe.as_file()) == recipe
     assert recipe_from_text("prune(sparsity=0.4) → int4(group_size=32)").passes == recipe.passes
+
+
+def test_what_a_killed_process_left_is_swept_away_later(models: Path) -> None:
+    """Not at once: another process may be writing there."""
+    for name in (".writing-abc", ".adding-abc", ".other-abc"):
+        (models / name / "half").mkdir(parents=True)
+    Catalogue(models).sweep()
+    assert len(list(models.iterdir())) == 3
+    for one in models.iterdir():
+        os.utime(one, (0, 0))
+    Catalogue(models).sweep()
+    assert [one.name for one in models.iterdir()] == [".other-abc"]
+
+
+def test_a_stop_in_a_pass_lets_the_memory_go(worker: Worker, models: Path) -> None:
+    """Nothing of the half-made model is alive when the stop has come through."""
+    alive: list[weakref.ref[torch.nn.Module]] = []
+
+    def stop(phase: str, progress: float | None) -> None:
+        if phase.startswith("applying"):
+            alive.extend(weakref.ref(one) for one in gc.get_objects() if type(one) is GPT)
+            raise Cancelled("Stopped.")
+
+    with pytest.raises(Cancelled):
+        worker.load(variant(LLAMA, Prune()), Watcher(on_phase=stop))
+    assert alive
+    assert not [one for one in alive if one() is not None]

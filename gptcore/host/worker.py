@@ -6,6 +6,7 @@ Used by the host process, and by the command line in its own.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -214,7 +215,13 @@ class Worker:
         self._make_room(variant, request)
         watcher.on_phase("loading weights", 0.0)
         began = self._clock()
-        loaded = self._built(variant, watcher)
+        try:
+            loaded = self._built(variant, watcher)
+        except BaseException as error:
+            # The half-made model hangs on the frames of the traceback, and goes with them.
+            traceback.clear_frames(error.__traceback__)
+            self.unload(variant.hash)
+            raise
         loaded.load_s = self._clock() - began
         self.loaded[variant.hash] = loaded
         return loaded

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.browser
 PAGES = {
     "": re.compile("laboratory", re.I),
     "playground": re.compile("playground", re.I),
+    "compare": re.compile("compare", re.I),
+    "history": re.compile("history", re.I),
     "models": re.compile("models", re.I),
     "plan": re.compile("plan", re.I),
     "live": re.compile("live", re.I),
