@@ -58,6 +58,7 @@ class Row:
     prompt_tokens: int
     side: str
     seconds_per_token: list[float] = field(default_factory=list)
+    cpu_seconds_per_token: list[float] = field(default_factory=list)
     kl_mean: float | None = None
     kl_max: float | None = None
     same_top_ratio: float | None = None
@@ -67,6 +68,11 @@ class Row:
     """How many times as fast ``OURS`` is."""
     low: float = 1.0
     high: float = 1.0
+
+    @property
+    def tokens_per_cpu_s(self) -> float:
+        """The median; other programs on the machine change it less than the wall's."""
+        return float(1 / np.median(self.cpu_seconds_per_token))
 
     @property
     def tokens_per_s(self) -> tuple[float, float, float]:
@@ -149,9 +155,10 @@ def measured(
     for turn in range(rounds + 1):
         order = draw.sample(list(sides), len(sides))
         for name in order:
-            seconds = sides[name].decode_s(text[:prompt], ids)
+            seconds, cpu_seconds = sides[name].decode_s(text[:prompt], ids)
             if turn:  # the first round warms up
                 rows[name].seconds_per_token.append(seconds)
+                rows[name].cpu_seconds_per_token.append(cpu_seconds)
         ceiling = max(ceiling, sides[OURS].ceiling())
         print(f"{model}, {prompt} tokens: round {turn} of {rounds}", flush=True)
     for name, row in rows.items():
@@ -253,6 +260,7 @@ def to_llama_cpp(rows: list[Row], model: str, prompt: int) -> dict[str, object] 
         "ratio": found.ratio,
         "low": found.low,
         "high": found.high,
+        "cpu_ratio": best.tokens_per_cpu_s / peer.tokens_per_cpu_s,
         "our_kl": best.kl_mean,
         "their_kl": peer.kl_mean,
     }
@@ -282,9 +290,10 @@ def markdown(result: dict[str, object], rows: list[Row]) -> str:
         lines += [
             f"**{model}, behind {prompt:,} tokens** (measured bandwidth {ceiling / 1e9:.0f} GB/s)",
             "",
-            "| side | tokens/s, median (least – greatest) | our int8 is faster by | "
-            "KL from fp32, mean (greatest) | same top | share of bandwidth |",
-            "|---|---|---|---|---|---|",
+            "| side | tokens/s, median (least – greatest) | tokens per CPU second | "
+            "our int8 is faster by | KL from fp32, mean (greatest) | same top | "
+            "share of bandwidth |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             if (row.model, row.prompt_tokens) != (model, prompt):
@@ -294,14 +303,14 @@ def markdown(result: dict[str, object], rows: list[Row]) -> str:
             kl = "" if row.kl_mean is None else f"{row.kl_mean:.5f} ({row.kl_max:.4f})"
             top = "" if row.same_top_ratio is None else f"{row.same_top_ratio:.1%}"
             lines.append(
-                f"| {row.side} | {median:.1f} ({least:.1f} – {greatest:.1f}) | {ratio} | {kl} | "
-                f"{top} | {row.ceiling_ratio:.0%} |"
+                f"| {row.side} | {median:.1f} ({least:.1f} – {greatest:.1f}) | "
+                f"{row.tokens_per_cpu_s:.1f} | {ratio} | {kl} | {top} | {row.ceiling_ratio:.0%} |"
             )
         if (held := against[f"{model}, {prompt}"]) and held["ratio"]:
             lines += [
                 "",
                 f"{held['ours']} is {held['ratio']:.2f}× ({held['low']:.2f}–{held['high']:.2f}) as "
-                f"fast as {held['theirs']}.",
+                f"fast as {held['theirs']}; by CPU time {held['cpu_ratio']:.2f}×.",
             ]
         lines.append("")
     lines += [f"- {name}: {said}" for name, said in names.items()]

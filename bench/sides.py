@@ -291,9 +291,10 @@ class Side:
         found = self._ask(do="prefill", ids=list(ids))
         return float(found["seconds"]), float(found["cpu_seconds"])
 
-    def decode_s(self, prompt: Sequence[int], ids: Sequence[int]) -> float:
-        """Return the seconds that a token took, over ``ids`` behind a prompt."""
-        return float(self._ask(do="decode", prompt=list(prompt), ids=list(ids))["seconds"])
+    def decode_s(self, prompt: Sequence[int], ids: Sequence[int]) -> tuple[float, float]:
+        """Return the seconds of a token, wall and CPU, over ``ids`` behind a prompt."""
+        found = self._ask(do="decode", prompt=list(prompt), ids=list(ids))
+        return float(found["seconds"]), float(found["cpu_seconds"])
 
     def logprobs(self, ids: Sequence[int], folder: Path) -> np.ndarray:
         """Return what the side says after each of ``ids``, one decoded after the other: (T, V)."""
@@ -364,10 +365,11 @@ def _serve(program: Program) -> None:
             say(seconds=seconds, cpu_seconds=cpu_seconds)
         elif order["do"] == "decode":
             program.read(order["prompt"])
-            began = time.perf_counter()
+            began, worked, count = time.perf_counter(), time.process_time(), len(order["ids"])
             for id in order["ids"]:
                 int(program.step(id).argmax())
-            say(seconds=(time.perf_counter() - began) / len(order["ids"]))
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+            say(seconds=seconds / count, cpu_seconds=cpu_seconds / count)
         elif order["do"] == "greedy":
             program.read(order["prompt"][:-1])
             ids = [order["prompt"][-1]]
