@@ -336,6 +336,22 @@ class Catalogue:
         }
         return self._add(SMOLLM2, card, fetch_smollm2, progress, brought=0.7)
 
+    def require_free(self, name: str) -> None:
+        """Refuse a name that no new model can have.
+
+        Raises:
+            InvalidInput: it is taken, a shape's, or no name.
+        """
+        if not NAME.fullmatch(name):
+            raise InvalidInput(
+                f"{name[:80]!r} is no name for a model: use letters, digits, dots, dashes and "
+                "underscores, a letter or digit first."
+            )
+        if name in PRESETS and name != SMOLLM2:
+            raise InvalidInput(f"{name!r} is the name of a shape here: choose another name.")
+        if self._folder_of(name).exists():
+            raise InvalidInput(taken(name))
+
     def delete(self, name: str) -> None:
         """Remove an installed model and its conversion from disk.
 
@@ -444,15 +460,7 @@ class Catalogue:
             progress: told the share that is done; what it raises ends the work.
             brought: the share that is done when the files are there, the rest is conversion.
         """
-        if not NAME.fullmatch(name):
-            raise InvalidInput(
-                f"{name[:80]!r} is no name for a model: use letters, digits, dots, dashes and "
-                "underscores, a letter or digit first."
-            )
-        if name in PRESETS and name != SMOLLM2:
-            raise InvalidInput(f"{name!r} is the name of a shape here: choose another name.")
-        if self._folder_of(name).exists():
-            raise InvalidInput(taken(name))
+        self.require_free(name)
         try:
             with self._beside(name) as work:
                 bring(work, part_of(progress, 0.0, brought))

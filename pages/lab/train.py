@@ -1,0 +1,332 @@
+"""Train: make a GPT of one's own from a text, and watch it learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+from pydantic import BaseModel, ValidationError
+
+from gptcore.errors import GptcoreError
+from gptcore.lab import Event, Lab, Noted, Order, Snapshot, Stepped, Training, Validated
+from gptcore.records import Run, RunKind, RunState
+from pages.parts import errors, pass_form, settings, train_charts
+from pages.parts import format as shown
+from pages.parts.services import lab as shared_lab
+from pages.parts.settings import bound
+
+TICK_S = 1.0
+RUN = "training"
+"""The name in the address of the training that is shown."""
+CORPUS = "the corpus that ships"
+FIRST = ("steps", "batch", "learning_rate", "precision", "validate_every", "sample_tokens")
+"""Settings that stand in sight; the others are a click away."""
+SHAPE = ("layers", "width", "heads", "context")
+STARTING = Order(
+    settings=Training(steps=1000, sample_tokens=80, validate_every=100, validation_windows=50)
+)
+
+
+def current() -> Order:
+    """Return the session's order."""
+    kept: Order = st.session_state.setdefault("train_order", STARTING)
+    return kept
+
+
+def said() -> list[str]:
+    """Return the sentences that were kept, once."""
+    found: list[str] = st.session_state.pop("train_said", [])
+    return found
+
+
+def say(problem: str) -> None:
+    """Keep a sentence that the next run of the script shows."""
+    st.session_state.setdefault("train_said", []).append(problem)
+
+
+# What a click does
+
+
+def change(**values: Any) -> None:
+    """Change some of the order; what is not allowed is said, and changes nothing."""
+    try:
+        st.session_state["train_order"] = Order.model_validate({**dict(current()), **values})
+    except ValidationError as error:
+        say(errors.sentence(error, Order))
+
+
+def take_setting(key: str, name: str) -> None:
+    """Take a setting of the training from its widget."""
+    value = st.session_state[key]
+    if value is None:
+        return
+    known = current().settings.model_dump()
+    try:
+        change(settings=Training.model_validate({**known, name: value}))
+    except ValidationError as error:
+        say(errors.sentence(error, Training))
+
+
+def take_field(key: str, name: str) -> None:
+    """Take a field of the order from its widget."""
+    if st.session_state[key] is not None:
+        change(**{name: st.session_state[key]})
+
+
+def take_text() -> None:
+    """Take the text to learn from."""
+    name = st.session_state["train_text"]
+    if not name or name == CORPUS:
+        change(text="", tokenizer="bpe")
+        return
+    try:
+        change(text=str(shared_lab().text_file(name)))
+    except GptcoreError as error:
+        say(str(error))
+
+
+def upload() -> None:
+    """Keep an uploaded text, and learn from it."""
+    file = st.session_state["train_upload"]
+    if file is None:
+        return
+    lab, name = shared_lab(), file.name.rpartition(".")[0][:60].replace(" ", "-") or "text"
+    try:
+        change(text=str(lab.text_file(lab.add_text(name, file.getvalue()))))
+    except GptcoreError as error:
+        say(str(error))
+
+
+def start() -> None:
+    """Train."""
+    lab, chosen = shared_lab(), settings.current()
+    order = current()
+    if not order.text and not lab.has_corpus():
+        say("There is nothing to learn from: add a text first.")
+        return
+    try:
+        run_id = lab.train(
+            order,
+            st.session_state.get("train_name") or free_name(lab),
+            device=chosen.device,
+            threads=chosen.threads,
+            minutes=st.session_state.get("train_minutes"),
+        )
+    except GptcoreError as error:
+        say(str(error))
+        return
+    st.session_state["train_run"] = run_id
+    st.query_params[RUN] = run_id
+
+
+def go_on(run_id: str) -> None:
+    """Go on with a training that was stopped."""
+    try:
+        fresh = shared_lab().train_on(run_id)
+    except GptcoreError as error:
+        say(str(error))
+        return
+    st.session_state["train_run"] = fresh
+    st.query_params[RUN] = fresh
+
+
+def use(name: str) -> None:
+    """Choose the model in the sidebar, to continue texts."""
+    settings.change(model=name, mode="completion", precision="fp32")
+
+
+def free_name(lab: Lab) -> str:
+    """Return a name that nothing in the catalogue has."""
+    taken = {one.name for one in lab.models()}
+    return next(one for one in (f"mine-{n}" for n in range(1, 10_000)) if one not in taken)
+
+
+# What the page draws
+
+
+def form(owner: BaseModel, names: Sequence[str], key: str, take: Any) -> None:
+    """Draw widgets for some fields of a value."""
+    with st.grid("auto", min_column_width=140, gap="small"):
+        for name in names:
+            field = type(owner).model_fields[name]
+            pass_form.widget(name, field, getattr(owner, name), f"{key}_{name}", take)
+
+
+def order_form(lab: Lab, order: Order) -> None:
+    """Draw what to learn from, the shape, and how."""
+    own = [one for one in lab.texts() if one != "evaluation"]
+    names = [*([CORPUS] if lab.has_corpus() else []), *own]
+    chosen = CORPUS if not order.text else order.text.rpartition("/")[2].removesuffix(".txt")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.selectbox(
+            "Learn from",
+            names if chosen in names else [None, *names],
+            key=bound("train_text", chosen if chosen in names else None),
+            on_change=take_text,
+            format_func=lambda one: one or "add a text first",
+        )
+        st.selectbox(
+            "Tokenizer",
+            ("char", "bpe"),
+            key=bound("order_tokenizer", order.tokenizer),
+            on_change=take_field,
+            args=("order_tokenizer", "tokenizer"),
+            help=Order.model_fields["tokenizer"].description,
+            width=140,
+        )
+    st.file_uploader(
+        "Add a text (UTF-8, at most 4 MiB)",
+        type=["txt", "md"],
+        key="train_upload",
+        on_change=upload,
+    )
+    form(order, SHAPE, "order", take_field)
+    form(order.settings, FIRST, "training", take_setting)
+    with st.expander("More settings", icon=":material/tune:"):
+        rest = [name for name in Training.model_fields if name not in FIRST]
+        form(order.settings, rest, "training", take_setting)
+
+
+def running(lab: Lab) -> str | None:
+    """Return the training of this page that has not ended."""
+    run_id: str | None = st.session_state.get("train_run")
+    found = lab.snapshot(run_id) if run_id else None
+    return run_id if found and not found.run.state.final else None
+
+
+def training(lab: Lab) -> None:
+    """Draw the training that is shown."""
+    run_id = st.session_state.get("train_run") or st.query_params.get(RUN)
+    if not run_id:
+        last = lab.runs(kind=RunKind.TRAIN, limit=1)
+        run_id = last[0].id if last else None
+    if not run_id:
+        st.caption(
+            ":material/info: Nothing was trained yet. A small GPT that writes like the text takes "
+            "minutes on a CPU; it goes on when this page is left, and yields to generations."
+        )
+        return
+    run_id = run_id[: settings.ID_CHARS]
+    found = lab.snapshot(run_id)
+    if found is None or found.run.kind is not RunKind.TRAIN:
+        st.warning(
+            f"There is no training {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, or "
+            "belongs to another database.",
+            icon=":material/search_off:",
+        )
+        return
+    active = not found.run.state.final
+    st.fragment(errors.guarded(_training), run_every=TICK_S if active else None)(
+        lab, run_id, active
+    )
+
+
+def _training(lab: Lab, run_id: str, was_active: bool) -> None:
+    found = lab.snapshot(run_id)
+    if found is None:
+        return
+    run = found.run
+    if was_active and run.state.final:
+        st.rerun()
+    with st.container(border=True, horizontal=True, vertical_alignment="center"):
+        _state(lab, run, found)
+    events = lab.training_events(run)
+    steps = [one for one in events if isinstance(one, Stepped)]
+    if not steps:
+        return
+    numbers(events)
+    st.plotly_chart(train_charts.loss(events), key="train_loss", config={"displayModeBar": False})
+    columns = st.columns(3)
+    for column, (name, title) in zip(
+        columns,
+        (
+            ("learning_rate", "Learning rate"),
+            ("gradient_norm", "Gradient norm"),
+            ("tokens_per_s", "Tokens/s"),
+        ),
+        strict=True,
+    ):
+        column.plotly_chart(
+            train_charts.curve(events, name, title),
+            key=f"train_{name}",
+            config={"displayModeBar": False},
+        )
+    for note in (one for one in events if isinstance(one, Noted)):
+        st.caption(f":material/info: step {note.step:,}: {shown.escaped(note.text)}")
+    written = [one for one in events if isinstance(one, Validated) and one.sample]
+    if written:
+        st.markdown("**What it writes**")
+    for one in (written[-1:] + written[:-1][::-1])[:4]:
+        st.caption(f"step {one.step:,}, validation loss {one.loss:.3f}")
+        st.text(one.sample)
+
+
+def _state(lab: Lab, run: Run, found: Snapshot) -> None:
+    name = shown.escaped(run.model)
+    if not run.state.final:
+        st.progress(found.progress or 0.0, text=shown.escaped(f"{run.model}: {found.phase}"))
+        st.button("Pause", icon=":material/pause:", on_click=lab.cancel, args=(run.id,))
+        return
+    if run.state is RunState.DONE:
+        st.markdown(f":material/check_circle: **{name}** is in the catalogue.", width="stretch")
+        st.button("Use it", icon=":material/check:", on_click=use, args=(run.model,))
+        return
+    st.markdown(shown.escaped(run.error or f"The training ended: {run.state}."), width="stretch")
+    st.button("Go on", icon=":material/play_arrow:", on_click=go_on, args=(run.id,))
+
+
+def numbers(events: Sequence[Event]) -> None:
+    """Draw where the training stands."""
+    last = [one for one in events if isinstance(one, Stepped)][-1]
+    held = [one for one in events if isinstance(one, Validated)]
+    best = min(held, key=lambda one: one.loss) if held else None
+    with st.grid("auto", min_column_width=120, gap="small"):
+        st.metric("Step", shown.whole(last.step))
+        st.metric("Loss", f"{last.loss:.3f}", help="Mean cross-entropy, nats a token.")
+        st.metric("Best validation", f"{best.loss:.3f}" if best else shown.UNKNOWN)
+        st.metric(
+            "Bits per byte",
+            f"{best.bits_per_byte:.3f}" if best else shown.UNKNOWN,
+            help="Of the validation text: loss ÷ ln 2 × tokens ÷ bytes.",
+        )
+        st.metric("Tokens/s", shown.number(last.tokens_per_s))
+        st.metric(
+            "MFU",
+            shown.share(last.mfu_ratio),
+            help="Operations a second ÷ the peak measured on this machine.",
+        )
+        st.metric("Peak memory", shown.size(last.memory_bytes))
+        if held:
+            label = held[-1].energy_label.partition(":")[0]
+            value = held[-1].energy_j
+            st.metric(
+                f"Energy, {label}",
+                shown.UNKNOWN if value is None else f"{value:,.0f} J",
+                help=held[-1].energy_label,
+            )
+
+
+lab = shared_lab()
+order = current()
+st.title("Train")
+st.caption("Make a GPT of your own from a text, and watch it learn to write.")
+for problem in said():
+    errors.show(problem)
+left, right = st.columns([5, 6])
+with left:
+    order_form(lab, order)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.text_input("Name", key="train_name", placeholder=free_name(lab), max_chars=100)
+        st.number_input(
+            "Minutes at most", min_value=0.1, value=None, key="train_minutes", width=160
+        )
+    st.button(
+        "Train",
+        icon=":material/model_training:",
+        type="primary",
+        on_click=start,
+        disabled=running(lab) is not None,
+    )
+with right:
+    training(lab)
