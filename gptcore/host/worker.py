@@ -23,7 +23,7 @@ from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, In
 from gptcore.fit import fit
 from gptcore.host.lock import device_lock
 from gptcore.measure.calibration import named_text, rows, with_text
-from gptcore.measure.memory import PeakMemory, trim_heap, weight_bytes
+from gptcore.measure.memory import PeakMemory, drop_mapped_weights, trim_heap, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
 from gptcore.passes.base import PassContext
 from gptcore.recipe import Variant
@@ -51,6 +51,8 @@ PEAK_ROOM = 4
 """The bandwidth is measured where this many times the weights of a step are free."""
 LEAST_SHARE = 0.02
 """A pass that is done so far says nothing yet of how long it will take."""
+DROP_EVERY = 0.1
+"""The share of a load or pass after which the weight files' pages are let go of."""
 NUMBERS_EVERY_S = 0.4
 """How often the numbers of a generation are told while it writes."""
 
@@ -305,10 +307,13 @@ class Worker:
         from gptcore import artifact, weights
         from gptcore.tokenizer import byte_tokenizer
 
+        drop = _dropping()
+
         def progress(ratio: float) -> None:
             if watcher.cancelled():
                 raise Cancelled("Cancelled while the weights were being loaded.")
             watcher.on_phase("loading weights", ratio)
+            drop(ratio)
 
         placement = variant.placement
         context = PassContext(placement=placement, progress=progress)
@@ -424,7 +429,7 @@ def continues(variant: Variant, made: Variant) -> bool:
 
 def _telling(title: str, watcher: Watcher, clock: Callable[[], float]) -> Callable[[float], None]:
     """Return what tells the share of a pass that is done, and about how long the rest takes."""
-    began, what = clock(), f"applying {title[:1].lower()}{title[1:]}"
+    began, what, drop = clock(), f"applying {title[:1].lower()}{title[1:]}", _dropping()
 
     def progress(ratio: float) -> None:
         if watcher.cancelled():
@@ -433,9 +438,26 @@ def _telling(title: str, watcher: Watcher, clock: Callable[[], float]) -> Callab
         left = spent / ratio - spent if ratio > LEAST_SHARE else None
         rest = "" if left is None or left < 1 else f", about {left:.0f} s left"
         watcher.on_phase(f"{what}{rest}", ratio)
+        drop(ratio)
 
     progress(0.0)
     return progress
+
+
+def _dropping() -> Callable[[float], None]:
+    """Return what lets go of the weight files' pages, each time that so much more is done.
+
+    A layer that was converted is there twice otherwise: as it was in its file, and as it is now.
+    """
+    due = DROP_EVERY
+
+    def drop(ratio: float) -> None:
+        nonlocal due
+        if ratio >= due:
+            due = ratio + DROP_EVERY
+            drop_mapped_weights()
+
+    return drop
 
 
 def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,29 @@ def trim_heap() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+MADV_DONTNEED = 4
+
+
+def drop_mapped_weights(suffix: str = ".safetensors") -> None:
+    """Take the pages of mapped weight files out of this process, on Linux.
+
+    What is looked at again comes back from the system's cache of the file. A mapping that was written
+    to is left alone: what was written would be lost.
+    """
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        return
+    library = ctypes.CDLL(None)
+    begin = end = 0
+    for line in smaps.read_text(errors="replace").splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            begin, end = (int(one, 16) for one in first.split("-"))
+            mapped = line.endswith(suffix)
+        elif first == "Anonymous:" and mapped and rest[0] == "0":
+            library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
 
 
 class PeakMemory:
