@@ -29,14 +29,14 @@ MADV_DONTNEED = 4
 def drop_mapped_weights(suffix: str = ".safetensors") -> None:
     """Take the pages of mapped weight files out of this process, on Linux.
 
-    What is looked at again comes back from the system's cache of the file. A mapping that was written
-    to is left alone: what was written would be lost.
+    What is looked at again comes back from the system's cache of the file. A mapping that was
+    written to is left alone: what was written would be lost.
     """
     smaps = Path("/proc/self/smaps")
     if not smaps.exists():
         return
     library = ctypes.CDLL(None)
-    begin = end = 0
+    begin, end, mapped = 0, 0, False
     for line in smaps.read_text(errors="replace").splitlines():
         first, *rest = line.split()
         if not first.endswith(":"):
