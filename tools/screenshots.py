@@ -31,9 +31,9 @@ TEXTS = ("A short tale", "Explain", "A list")
 SLOW_MS = 600_000
 PAGES = ("", "playground", "models", "live", "plan", "explain", "in_context")
 OPENED = {
-    "plan": "plan?view=Fit&p_model=gpt3-1.3b&p_card=rtx-3070",
-    "explain": "explain",
-    "in_context": "in_context",
+    "plan": "plan?view=Fit&p_model=gpt3-1.3b&p_card=rtx-3070&model=smollm2-135m",
+    "explain": "explain?model=smollm2-135m",
+    "in_context": "in_context?model=smollm2-135m&precision=int8",
 }
 """Addresses of pages that are opened with settings of their own."""
 

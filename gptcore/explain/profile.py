@@ -4,14 +4,17 @@ Each operation counts with the time that it spends itself, so that the parts add
 is left of the step is Python and the dispatch between operations, a row of its own. On a GPU the
 operations are its kernels, and what is left is the time in which none ran.
 
-The profiler slows the step down; its duration without the profiler stands beside it.
+The profiler slows the step down; its duration without the profiler stands beside it. Where the
+program decodes by its native step, that is one call which no profiler looks into: it is timed
+whole, and the parts are those of torch's way through the same layers.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from gptcore.explain.excerpt import stream_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gptcore.model import GPT
 
 MOST_TOKENS = 512
@@ -31,6 +36,7 @@ COVERED_RATIO = 0.9
 BETWEEN = "Python and dispatch, between operations"
 IDLE = "no kernel running"
 MARK = "decode step"
+NATIVE = "native packed layer"
 Clock = Callable[[], float]
 
 
@@ -54,7 +60,9 @@ class Profile:
     step_s: float
     """Of a profiled step, on average."""
     plain_s: tuple[float, ...]
-    """Of steps without the profiler."""
+    """Of steps without the profiler, by torch."""
+    native_s: tuple[float, ...]
+    """Of steps by the native step, with which this model decodes; empty where torch does."""
     trace: str
     """Chrome's trace format, as Perfetto opens it."""
 
@@ -88,6 +96,7 @@ def profile(
     from torch.profiler import ProfilerActivity, record_function
 
     from gptcore.engine import decode, prefill
+    from gptcore.kernels.step import step_of
 
     on_gpu = stream_of(model).device.type == "cuda"
     room = len(ids) + 2 * WARM_UP + STEPS + STEPS + TRACED
@@ -96,26 +105,65 @@ def profile(
     cache = model.new_cache(room)
     prefill(model, ids, cache)
 
-    def step() -> float:
+    latest = torch.tensor([ids[-1:]], device=cache.k.device)  # (1, 1)
+
+    def by_torch() -> Tensor:
+        return model(latest, cache, last_only=True)[0, -1]  # type: ignore[no-any-return]
+
+    def native() -> Tensor:
+        return decode(model, ids[-1], cache)
+
+    def step(compute: Callable[[], Tensor] = by_torch) -> float:
         check()
         cache.truncate(min(cache.length, len(ids)))
         began = clock()
-        with record_function(MARK):
-            decode(model, ids[-1], cache).argmax().item()  # waits for the device
+        with record_function(MARK), torch.inference_mode():
+            compute().argmax().item()  # waits for the device
         return clock() - began
 
+    native_s: tuple[float, ...] = ()
+    if step_of(model) is not None:
+        native_s = tuple(step(native) for _ in range(WARM_UP + STEPS))[WARM_UP:]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     for _ in range(WARM_UP):
         step()
     plain_s = tuple(step() for _ in range(STEPS))
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            step()
-    with torch.profiler.profile(activities=activities) as traced:
-        for _ in range(TRACED):
-            step()
+    with _native_layers_named(model):
+        with torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(STEPS):
+                step()
+        with torch.profiler.profile(activities=activities) as traced:
+            for _ in range(TRACED):
+                step()
     operations, step_s = _operations(profiler, on_gpu)
-    return Profile(operations, step_s, plain_s, _trace(traced))
+    return Profile(operations, step_s, plain_s, native_s, _trace(traced))
+
+
+@contextmanager
+def _native_layers_named(model: GPT) -> Iterator[None]:
+    """Let the profiler see the layers that our own library computes."""
+    from torch.profiler import record_function
+
+    from gptcore.kernels.linear import NativeEmbedding, NativeLinear
+
+    open_marks: list[Any] = []
+
+    def begin(module: Any, given: Any) -> None:
+        open_marks.append(record_function(NATIVE))
+        open_marks[-1].__enter__()
+
+    def end(module: Any, given: Any, made: Any) -> None:
+        open_marks.pop().__exit__(None, None, None)
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, NativeLinear | NativeEmbedding):
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _operations(profiler: Any, on_gpu: bool) -> tuple[tuple[Operation, ...], float]:

@@ -339,13 +339,14 @@ def _profile(work: Explain, desk: Desk, loaded: Loaded) -> dict[str, Any]:
     text = _text(work, loaded, profile.MOST_TOKENS, least=1)
     desk.phase("decoding under the profiler")
     found = profile.profile(loaded.engine.model, text.ids, check=desk.check)
-    desk.measured("decode_step_s", found.plain_s)
+    desk.measured("decode_step_s", found.native_s or found.plain_s)
     return {
         "text": text.as_json(),
         "operations": [asdict(one) for one in found.operations],
         "named": found.named,
         "step_s": found.step_s,
         "plain_s": list(found.plain_s),
+        "native_s": list(found.native_s),
         "trace": base64.b64encode(gzip.compress(found.trace.encode(), mtime=0)).decode(),
     }
 

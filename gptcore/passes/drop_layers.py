@@ -2,13 +2,17 @@
 
 The influence of a block is one minus the mean cosine between what goes into it and what comes out,
 over all positions of a text (ShortGPT, Men et al. 2024, arXiv:2403.03853). A block whose output
-points where its input did was nearly skipped anyway. Or a person names the blocks, as the ranking
-of ``explain.worth`` has them: what each is worth on a text.
+points where its input did was nearly skipped anyway. We differ by default: among the blocks of
+little influence they go one at a time, each the one without which the predictions on the text
+change least. Or a person names the blocks, as the ranking of ``explain.worth`` has them: what each
+is worth on a text.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -20,10 +24,16 @@ from gptcore.passes.calibrate import Residual, text_for
 from gptcore.spec import BYTES, ModelSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gptcore.model import GPT
 
 ENOUGH_TOKENS = 8192
 """Tokens that are looked at: an influence is a mean over positions, and settles soon."""
+MEASURED_TOKENS = 1024
+"""Tokens on which blocks are left out by turns."""
+MORE_CANDIDATES = 6
+"""Blocks that are tried beside as many as are to go."""
 
 
 class DropLayers(Pass):
@@ -44,6 +54,12 @@ class DropLayers(Pass):
         description="Blocks to leave out, the least influential first; 0 changes nothing.",
     )
 
+    measured: bool = Field(
+        True,
+        title="Measured",
+        description="Leave out the least influential ones by turns and see what it does to the "
+        "predictions, one block at a time; else go by influence alone, which is sooner.",
+    )
     chosen: tuple[int, ...] = Field(
         (),
         max_length=999,
@@ -107,21 +123,10 @@ class DropLayers(Pass):
         spec = model.spec
         if blocked := self.blocked_by(spec, context.placement):
             raise InvalidInput(f"{self.title} cannot run here: {blocked}")
-        found: list[float] = []
+        gone, reasons = set(self.chosen), ["it was not chosen"] * spec.layers
         if self.needs_calibration:
-            ids = text_for(self, context)
-            ids = ids[: max(1, ENOUGH_TOKENS // ids.shape[1])]
-            found = influences(model, Residual(model, ids), context)
-        ranked = sorted(range(len(found)), key=found.__getitem__)
-        gone = set(self.chosen or ranked[: self.layers])
+            gone, reasons = self._found(model, text_for(self, context), context)
         block = sum(one.rows * one.columns for one in spec.linears[:-1])
-        reasons = ["it was not chosen"] * spec.layers
-        if found:
-            least = max(found[i] for i in gone)
-            reasons = [
-                f"its influence of {one:.3f} is above the {least:.3f} of those gone"
-                for one in found
-            ]
         context.coverage[self.name] = Coverage(
             block * len(gone),
             spec.matmul_parameters,
@@ -136,15 +141,113 @@ class DropLayers(Pass):
         context.progress(1.0)
         return model
 
+    def _found(self, model: GPT, ids: Tensor, context: PassContext) -> tuple[set[int], list[str]]:
+        """Return the blocks that go, and for every block what is said of it if it stays."""
+        share = 0.3 if self.measured else 1.0
+        few = ids[: max(1, ENOUGH_TOKENS // ids.shape[1])]
+        tell = partial(_told, context.progress, 0.0, share)
+        found = influences(model, Residual(model, few), tell)
+        ranked = sorted(range(len(found)), key=found.__getitem__)
+        if not self.measured:
+            gone = set(ranked[: self.layers])
+            least = max(found[i] for i in gone)
+            above = "its influence of {:.3f} is above the {:.3f} of those gone"
+            return gone, [above.format(one, least) for one in found]
+        candidates = ranked[: self.layers + MORE_CANDIDATES]
+        few = ids[: max(1, MEASURED_TOKENS // ids.shape[1])]
+        tell = partial(_told, context.progress, share, 1.0)
+        gone, damages = least_missed(model, few, candidates, self.layers, tell)
+        most = max(found[i] for i in candidates)
+        return gone, [
+            f"without it too, KL is {damages[i]:.3f}"
+            if i in damages
+            else f"its influence of {one:.3f} is above the {most:.3f} of those tried"
+            for i, one in enumerate(found)
+        ]
 
-def influences(model: GPT, text: Residual, context: PassContext) -> list[float]:
+
+def _told(tell: Callable[[float], None], begin: float, end: float, share: float) -> None:
+    """Tell of a part as a share of the whole."""
+    tell(begin + share * (end - begin))
+
+
+def least_missed(
+    model: GPT,
+    ids: Tensor,
+    candidates: Sequence[int],
+    count: int,
+    progress: Callable[[float], None],
+) -> tuple[set[int], dict[int, float]]:
+    """Return the blocks to leave out, and the damage of each other candidate beside them.
+
+    Args:
+        model: with all its blocks.
+        ids: (N, T) int64.
+        candidates: blocks that may go.
+        count: how many go, one after another.
+        progress: told the share done.
+
+    Returns:
+        The blocks, and by block the mean KL divergence of the predictions, in nats, from those of
+        the whole model, when it goes in the place of the last one.
+    """
+    import torch
+
+    from gptcore.linears.wide import wide_products
+
+    gone: set[int] = set()
+    damages: dict[int, float] = {}
+    with torch.no_grad(), wide_products(model):
+        whole = _predicted(model, Residual(model, ids).batches, ids, range(len(model.blocks)))
+        for turn in range(count):
+            damages = {}
+            text = Residual(model, ids)
+            kept = [i for i in range(len(model.blocks)) if i not in gone]
+            for layer in kept:
+                if layer in candidates:
+                    rest = [i for i in kept if i > layer]
+                    now = _predicted(model, text.batches, ids, rest)
+                    damages[layer] = _divergence(whole, now)
+                    progress((turn + len(damages) / (len(candidates) - turn)) / count)
+                text.advance(layer, progress=lambda share: None)
+            gone.add(min(damages, key=damages.__getitem__))
+    return gone, damages
+
+
+def _predicted(
+    model: GPT, batches: Sequence[Tensor], ids: Tensor, layers: Sequence[int]
+) -> list[Tensor]:
+    """Return ln p after every token when these blocks follow: (T, V) float32 a sequence."""
+    import torch
+
+    where = model.enter(ids[:1].to(model.embedding.weight.device))[1]
+    found = []
+    for x in batches:
+        for layer in layers:
+            x = model.blocks[layer](x, where, None, layer)
+        found += [
+            model.head(model.norm(row))[0].float().log_softmax(-1) for row in torch.split(x, 1)
+        ]
+    return found
+
+
+def _divergence(whole: Sequence[Tensor], now: Sequence[Tensor]) -> float:
+    """Return the mean KL divergence over all tokens, in nats."""
+    pairs = zip(whole, now, strict=True)
+    sums = [float((one.exp() * (one - other)).sum()) for one, other in pairs]
+    return sum(sums) / sum(map(len, whole))
+
+
+def influences(
+    model: GPT, text: Residual, progress: Callable[[float], None] = lambda share: None
+) -> list[float]:
     """Return one minus the mean cosine of input and output, block by block."""
     import torch
 
     found = []
     with torch.no_grad():
         for layer in range(len(model.blocks)):
-            context.progress(layer / len(model.blocks))
+            progress(layer / len(model.blocks))
             before = list(text.batches)
             text.advance(layer, progress=lambda share: None)
             cosines = [
@@ -152,5 +255,5 @@ def influences(model: GPT, text: Residual, context: PassContext) -> list[float]:
                 for x, y in zip(before, text.batches, strict=True)
             ]
             found.append(1 - torch.cat(cosines).mean().item())
-    context.progress(1.0)
+    progress(1.0)
     return found

@@ -531,15 +531,21 @@ def profile(result: Result, run: Run) -> None:
     step_s, named = result["step_s"], result["named"]
     rows = result["operations"]
     plain_s = float(np.median(result["plain_s"]))
+    native = result.get("native_s")
     covered = sum(one["seconds"] for one in rows[:named]) / step_s
     between = next(one for one in rows if one["name"] in (BETWEEN, IDLE))
     with st.grid(4, min_column_width=180, gap="small"):
         for name, value, delta, said in (
             (
                 "Decode step",
-                shown.duration(plain_s),
-                f"median of {len(result['plain_s'])}",
-                "Without the profiler.",
+                shown.duration(float(np.median(native))) if native else shown.duration(plain_s),
+                f"native; torch {shown.duration(plain_s)}"
+                if native
+                else f"median of {len(result['plain_s'])}",
+                "Without the profiler. The native step is one call, which no profiler looks into; "
+                "the parts below are those of torch's way through the same layers."
+                if native
+                else "Without the profiler.",
             ),
             (
                 "Under the profiler",

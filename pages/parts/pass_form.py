@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
@@ -58,12 +59,18 @@ def widget(
                 label,
                 min_value=None if low is None else kind(low),
                 max_value=None if high is None else kind(high),
-                step=1 if kind is int else 0.1,
+                step=1 if kind is int else step_of(value),
+                format=None if kind is int else "%.6g",
                 key=bound(key, value, typed=True),
                 **shared,
             )
     else:
         st.text_input(label, key=bound(key, str(value), typed=True), **shared)
+
+
+def step_of(value: float) -> float:
+    """Return by how much a press on plus changes a number: a tenth of its magnitude."""
+    return 10.0 ** (math.floor(math.log10(abs(value))) - 1) if value else 0.1
 
 
 def limits(field: FieldInfo) -> tuple[float | None, float | None]:

@@ -12,9 +12,9 @@ from gptcore.errors import InvalidInput
 from gptcore.measure.memory import weight_bytes
 from gptcore.passes.base import PassContext
 from gptcore.passes.calibrate import Residual
-from gptcore.passes.drop_layers import DropLayers, influences
+from gptcore.passes.drop_layers import DropLayers, influences, least_missed
 from gptcore.spec import ModelSpec
-from tests.passes.small import LLAMA, SHAPES, UNTIED, applied, logits, made, placed, text
+from tests.passes.small import LLAMA, SHAPES, UNTIED, applied, kl, logits, made, placed, text
 
 every_shape = pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
 
@@ -49,6 +49,36 @@ def test_a_block_that_does_nothing_can_go_without_a_trace() -> None:
     assert logits(model, ids[:4]).equal(before)
 
 
+@every_shape
+def test_measured_blocks_go_one_after_another_each_the_least_missed(spec: ModelSpec) -> None:
+    """Written out: every block left out by itself, by running the model without it."""
+    spec = spec.model_copy(update={"layers": 4})
+    ids = text(spec, sequences=12)
+    whole = made(spec)
+    gone, damages = least_missed(whole, ids, range(4), 2, lambda share: None)
+
+    def damage(without: set[int]) -> float:
+        model = made(spec)
+        model.blocks = nn.ModuleList(b for i, b in enumerate(model.blocks) if i not in without)
+        return kl(whole, model, ids)
+
+    first = min(range(4), key=lambda i: damage({i}))
+    second = min({0, 1, 2, 3} - {first}, key=lambda i: damage({first, i}))
+    assert gone == {first, second}
+    assert damages[second] == pytest.approx(damage(gone), rel=1e-4)
+    assert set(damages) == {0, 1, 2, 3} - {first}
+
+
+@every_shape
+def test_by_influence_alone_those_of_least_influence_go(spec: ModelSpec) -> None:
+    model, ids = made(spec), text(spec)
+    order = sorted(range(3), key=influences(model, Residual(model, ids)).__getitem__)
+    kept = [block for i, block in enumerate(model.blocks) if i in order[2:]]
+    model, coverage = applied(DropLayers(layers=2, measured=False), model, ids)
+    assert list(model.blocks) == kept
+    assert [name for name, _ in coverage.skipped] == [f"blocks.{order[2]}"]
+
+
 def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_out() -> None:
     model, ids = made(UNTIED), text(UNTIED)
     states: list[torch.Tensor] = []
@@ -62,7 +92,7 @@ def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_out() -> None:
     expected = [
         1 - torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in states
     ]
-    found = influences(model, Residual(model, ids), PassContext(placement=placed()))
+    found = influences(model, Residual(model, ids))
     assert found == pytest.approx(expected, abs=1e-5)
     assert len(set(found)) == 3
 
