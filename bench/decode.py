@@ -124,6 +124,14 @@ def large_sides(threads: int) -> dict[str, Side]:
     return sides
 
 
+def chosen(sides: dict[str, Side], parts: list[str] | None) -> dict[str, Side]:
+    """Return the sides whose names hold one of the parts, and ``OURS``; end the others."""
+    for name in tuple(sides):
+        if parts and name != OURS and not any(part in name for part in parts):
+            sides.pop(name).close()
+    return sides
+
+
 def kept(name: str) -> Path:
     """Return where a file lies that takes long to make."""
     folder = cache_dir() / "bench"
@@ -177,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="at least 6 for an interval")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 1024], help="tokens")
+    parser.add_argument("--sides", nargs="+", help="parts of the names of those to measure")
     parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--write", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
@@ -190,7 +199,7 @@ def main() -> None:
 
     reference = Side("ours", model=SMOLLM2, precision="fp32", native=False, threads=options.threads)
     greedy = reference.greedy(text[: options.prompts[0]], NEW_TOKENS)
-    sides = smollm2_sides(options.threads)
+    sides = chosen(smollm2_sides(options.threads), options.sides)
     rows: list[Row] = []
     ceilings = {}
     for prompt in options.prompts:
@@ -204,7 +213,7 @@ def main() -> None:
         side.close()
     if options.large:
         spec = PRESETS[LARGE]
-        sides = large_sides(options.threads)
+        sides = chosen(large_sides(options.threads), options.sides)
         ids = np.random.default_rng(0).integers(0, spec.vocabulary, 64 + NEW_TOKENS).tolist()
         found, ceiling = measured(LARGE, sides, ids, 64, max(6, options.rounds // 2))
         rows += found
