@@ -15,7 +15,7 @@ from weakref import proxy, ref
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptcore.linears.quantized import float_type
+from gptcore.linears.quantized import PIECE_WEIGHTS, float_type
 
 
 @contextmanager
@@ -42,8 +42,15 @@ def _set(layer: nn.Linear | None) -> None:
 
 
 def _product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Multiply some rows at a time, so that no layer is there wide as a whole."""
     dtype = float_type(x)
     if dtype == x.dtype:
         return F.linear(x, linear.weight, linear.bias)
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    return F.linear(x.to(dtype), linear.weight.to(dtype), bias).to(x.dtype)
+    rows = max(1, PIECE_WEIGHTS // linear.in_features)
+    wide = x.to(dtype)
+    y = x.new_empty(*x.shape[:-1], linear.out_features)
+    for begin in range(0, linear.out_features, rows):
+        some = slice(begin, begin + rows)
+        bias = None if linear.bias is None else linear.bias[some].to(dtype)
+        y[..., some] = F.linear(wide, linear.weight[some].to(dtype), bias)
+    return y

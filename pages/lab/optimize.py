@@ -279,8 +279,8 @@ def _prediction(lab: Lab, variant: Variant) -> None:
         st.metric(
             "Weights after",
             shown.size(known.weights_bytes_after),
-            help=f"In memory, from {shown.size(known.weights_bytes)}: exact arithmetic on the "
-            "shape.",
+            help=f"In memory at most, from {shown.size(known.weights_bytes)}: arithmetic on the "
+            "shape. The native step shares a tied embedding with the head and takes less.",
         )
         st.metric("Peak memory", shown.size(known.peak_bytes), help="While the passes run.")
         if known.parameters != known.parameters_after:

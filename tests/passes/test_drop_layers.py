@@ -10,7 +10,6 @@ from torch import nn
 from gptcore.device import Placement
 from gptcore.errors import InvalidInput
 from gptcore.measure.memory import weight_bytes
-from gptcore.passes.base import PassContext
 from gptcore.passes.calibrate import Residual
 from gptcore.passes.drop_layers import DropLayers, influences, least_missed
 from gptcore.spec import ModelSpec
