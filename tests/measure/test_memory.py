@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from gptcore.device import Placement
-from gptcore.measure.memory import INTERVAL_S, PeakMemory, weight_bytes
+from gptcore.measure.memory import INTERVAL_S, PeakMemory, drop_mapped_weights, weight_bytes
 from gptcore.model import GPT
 from gptcore.spec import ModelSpec, gpt
 from gptcore.weights import build_random
@@ -123,3 +125,21 @@ def test_a_module_that_packs_says_its_bytes() -> None:
         packed_bytes = 1000
 
     assert weight_bytes(nn.Sequential(Packed(), nn.Linear(4, 2), Packed())) == (2040, 2040)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_the_pages_of_a_mapped_file_are_let_go_of_and_come_back(tmp_path: Path) -> None:
+    size = 32 * 2**20
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(bytes(range(256)) * (size // 256))
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as held:
+        resident = psutil.Process().memory_info
+        before = resident().rss
+        assert sum(held[::4096]) == 0
+        assert resident().rss > before + size // 2
+        drop_mapped_weights()
+        assert resident().rss < before + size // 2
+        assert held[255] == 255
+        held[7] = 42
+        drop_mapped_weights()
+        assert held[7] == 42  # a mapping that was written to is left alone
