@@ -208,6 +208,10 @@ def test_the_ranking_of_layers_becomes_a_recipe(lab: Lab) -> None:
     found = lab.snapshot(run_id)
     blocks = [one for one in found.run.result["parts"] if one["part"] == "block"]
     assert asked["chosen"] == [min(blocks, key=lambda one: one["kl_nats"])["layer"]]
+    pressed(test, "Optimize with it")
+    assert "Optimize" in [one.value for one in test.title]
+    (one,) = test.session_state["optimize"].recipe.passes
+    assert one.chosen == tuple(asked["chosen"])
 
 
 def test_two_variants_of_a_proof_are_held_against_each_other(lab: Lab) -> None:
