@@ -315,6 +315,19 @@ def test_a_comparison_is_done_again_from_its_settings(lab: Lab) -> None:
     assert lab.snapshot(newest.id).run.result["complete"]
 
 
+def test_two_comparisons_asked_for_at_once_are_measured_one_after_the_other(lab: Lab) -> None:
+    work = Compare(
+        variants=(lab.variant("tiny", threads=1),) * 2,
+        cells=(Cell(prompt_tokens=8, new_tokens=4),),
+        stop=StopRule(max_pairs=6, min_pairs=6),
+        block_s=0.0,
+    )
+    asked = [lab.compare(work) for _ in range(2)]
+    first, second = (lab.wait(one, 60).run for one in asked)
+    assert (first.state, second.state) == (RunState.DONE, RunState.DONE)
+    assert first.ended_at <= second.started_at
+
+
 def test_a_baseline_is_marked_and_held_against(lab: Lab) -> None:
     work = Compare(
         variants=(lab.variant("tiny", threads=1),) * 2,
