@@ -331,7 +331,9 @@ inline void prepare(Activation& a, const float* x, int64_t vectors, int64_t colu
     const float* from = x + v * a.stride;
     if (halves) {
       float *evens = a.halves + v * a.stride, *odds = evens + (columns + 1) / 2;
-      for (int64_t k = 0; k < columns; k++) (k % 2 ? odds : evens)[k / 2] = from[k];
+      for (int64_t k = 0; k < columns / 2; k++) evens[k] = from[2 * k];
+      for (int64_t k = 0; k < columns / 2; k++) odds[k] = from[2 * k + 1];
+      if (columns % 2) evens[columns / 2] = from[columns - 1];
     }
     if (by32) quantize(from, columns, a.by32, v);
     if (by64) quantize(from, columns, a.by64, v);
