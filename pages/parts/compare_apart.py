@@ -76,14 +76,14 @@ def controls(lab: Lab, texts: Sequence[str], written: Sequence[Snapshot]) -> Non
     if len(done) < 2 or len(done) < len(written):
         return
     if not runs_of(texts):
-        st.button(
+        if st.button(
             "Colour by divergence",
             icon=":material/palette:",
-            on_click=read,
-            args=(tuple(texts),),
             help="Both variants read the same tokens; the colour of a token is KL(A‖B) of what "
             "they expected before it.",
-        )
+        ):
+            read(tuple(texts))
+            st.rerun()  # the whole page, so that this fragment looks again until it is done
         return
     for side, run_id in runs_of(texts).items():
         ended = lab.snapshot(run_id)
