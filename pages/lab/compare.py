@@ -131,6 +131,7 @@ def name_of(run: Run) -> str:
 
 def close_result() -> None:
     """Leave the result; it stays in the database under its link."""
+    errors.redraw()
     st.session_state.pop("compare_run", None)
     st.query_params.pop(RESULT, None)
 

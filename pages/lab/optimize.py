@@ -131,12 +131,14 @@ def start() -> None:
 
 def close_card() -> None:
     """Leave the card; it stays in the database under its link."""
+    errors.redraw()
     st.session_state.pop("optimize_run", None)
     st.query_params.pop(PROOF, None)
 
 
 def carry(name: str) -> None:
     """Write the finished variant in the chosen form."""
+    errors.redraw()
     lab = shared_lab()
     chosen = settings.current()
     try:
@@ -151,6 +153,7 @@ def carry(name: str) -> None:
 
 def use(name: str) -> None:
     """Choose the finished variant in the sidebar."""
+    errors.redraw()
     settings.change(model=name)
 
 

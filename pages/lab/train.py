@@ -122,6 +122,7 @@ def start() -> None:
 
 def go_on(run_id: str) -> None:
     """Go on with a training that was stopped."""
+    errors.redraw()
     try:
         fresh = shared_lab().train_on(run_id)
     except GptcoreError as error:
@@ -133,6 +134,7 @@ def go_on(run_id: str) -> None:
 
 def use(name: str) -> None:
     """Choose the model in the sidebar, to continue texts."""
+    errors.redraw()
     settings.change(model=name, mode="completion", precision="fp32")
 
 

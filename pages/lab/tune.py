@@ -127,6 +127,7 @@ def start() -> None:
 
 def go_on(run: Run) -> None:
     """Go on with the search of a run."""
+    errors.redraw()
     lab = shared_lab()
     try:
         run_id = lab.again(run.id)
@@ -139,6 +140,7 @@ def go_on(run: Run) -> None:
 
 def make(run: Run, trial: Mapping[str, Any]) -> None:
     """Make a trial a variant, with a quick proof."""
+    errors.redraw()
     lab = shared_lab()
     try:
         work = Tune.model_validate(dict(run.settings))

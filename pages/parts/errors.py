@@ -24,17 +24,25 @@ P = ParamSpec("P")
 def guarded(draw: Callable[P, None]) -> Callable[P, None]:
     """Return ``draw`` so that what a user can cause in the middle of it is said in its place.
 
-    Every fragment needs it: its own runs do not pass the script of the page.
+    Every fragment needs it: its own runs do not pass the script of the page. Where a click in it
+    changed more than the fragment (``redraw``), the whole page is drawn again.
     """
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+        if st.session_state.pop("redraw", False):
+            st.rerun()
         try:
             draw(*args, **kwargs)
         except GptcoreError as error:
             show(error)
 
     return drawn
+
+
+def redraw() -> None:
+    """Let a click inside a fragment draw the whole page; a callback calls it."""
+    st.session_state["redraw"] = True
 
 
 def show(error: GptcoreError | ValidationError | str, icon: str = ":material/error:") -> None:

@@ -18,6 +18,11 @@ PAGES = {
     "models": re.compile("models", re.I),
     "plan": re.compile("plan", re.I),
     "live": re.compile("live", re.I),
+    "optimize": re.compile("optimize", re.I),
+    "explain": re.compile("explain", re.I),
+    "in_context": re.compile("in context", re.I),
+    "tune": re.compile("tune", re.I),
+    "train": re.compile("train", re.I),
 }
 
 
