@@ -76,27 +76,9 @@ class Artifact:
     """The provenance of the machine that made it."""
 
     @property
-    def converted_weights(self) -> int:
-        """Matrix-multiply weights that the last converting pass took."""
-        return max((one.converted_weights for one in self.coverage.values()), default=0)
-
-    @property
     def effective_bits(self) -> float:
         """Stored bits of the whole file ÷ the parameters of the shape it began with."""
         return 8 * self.stored_bytes / self.variant.spec.parameters
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what a result keeps of it."""
-        return {
-            "weights_sha256": self.weights_sha256,
-            "stored_bytes": self.stored_bytes,
-            "resident_bytes": self.resident_bytes,
-            "effective_bits": self.effective_bits,
-            "source_precision": self.source_precision,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "coverage": coverage_json(self.coverage),
-        }
 
 
 def coverage_json(coverage: Mapping[str, Coverage]) -> dict[str, Any]:

@@ -182,7 +182,6 @@ class _Search:
         from gptcore.linears import stored_bytes
 
         self._stored = stored_bytes(loaded.engine.model)
-        self._variants: dict[str, Variant] = {}
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
