@@ -63,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["GPTLAB_LOCKS"] = str(folder / "locks")
     os.environ.pop("GPTLAB_DATABASE_URL", None)
     os.environ["OMP_NUM_THREADS"] = "2"
+    # Every test has a data folder of its own, and one compiled step serves them all.
+    os.environ.setdefault("GPTLAB_KERNELS_CACHE", str(folder / "kernels"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

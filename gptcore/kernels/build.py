@@ -43,6 +43,8 @@ INSTRUCTIONS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
 """By name, the fastest first: the CPU's flags that it takes, and the compiler's."""
 SWITCH = "GPTLAB_KERNELS"
 """The environment variable: ``off``, or one of ``INSTRUCTIONS`` to be used in place of the best."""
+CACHE = "GPTLAB_KERNELS_CACHE"
+"""The environment variable with the folder for compiled steps; the data folder's cache if unset."""
 FLAGS = "GPTLAB_KERNELS_FLAGS"
 """The environment variable with more flags for the compiler, such as those of a sanitizer."""
 
@@ -60,10 +62,11 @@ def library_path() -> Path:
     flags = (*COMMON_FLAGS, *INSTRUCTIONS[instructions()][1], *_more_flags())
     compiler = _compiler()
     try:
-        folder = cache_dir() / "kernels"
+        kept = os.environ.get(CACHE)
+        folder = Path(kept) if kept else cache_dir() / "kernels"
         target = folder / f"step-{_key(compiler, flags)}.so"
         if not target.exists():
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             _build(compiler, flags, target)
     except (OSError, StoreError) as error:
         raise NoKernels(f"The compiled step cannot be kept: {error}") from None

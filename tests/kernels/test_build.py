@@ -28,7 +28,7 @@ def compiler(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made.write_text(FAKE.format(log=tmp_path / "log"))
     made.chmod(0o755)
     monkeypatch.setenv("CXX", str(made))
-    for name in (build.SWITCH, build.FLAGS):
+    for name in (build.SWITCH, build.FLAGS, build.CACHE):
         monkeypatch.delenv(name, raising=False)
     return made
 
