@@ -77,6 +77,8 @@ class Server:
                 cwd=ROOT,
                 env={
                     **os.environ,
+                    # The native step writes a small model's text before one can look.
+                    "GPTLAB_KERNELS": "off",
                     "GPTLAB_DATA": str(self.data),
                     "GPTLAB_LOCKS": str(self._locks),
                 },
@@ -128,6 +130,7 @@ class Server:
         """Return what a command prints that works on this server's data."""
         environment = {
             **os.environ,
+            "GPTLAB_KERNELS": "off",
             "GPTLAB_DATA": str(self.data),
             "GPTLAB_LOCKS": str(self._locks),
         }
