@@ -262,7 +262,7 @@ def test_bytes_and_shape_are_predicted(catalogue: Catalogue) -> None:
     a, b = pair(catalogue, DropLayers(layers=1), Int8())
     loaded = Worker("cpu", catalogue).load(b, Watcher())
     exact = b.spec_after.weights_bytes("fp32")
-    assert predicted(b).weights_bytes_after < exact / 2
+    assert predicted(b).weights_bytes_after < 0.6 * exact
     assert predicted(b).parameters_after == loaded.engine.model.spec.parameters
     assert predicted(a).weights_bytes_after == predicted(a).weights_bytes
 
