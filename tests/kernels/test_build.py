@@ -85,6 +85,7 @@ def test_a_failing_compiler_is_told_in_one_line(
     broken.write_text("#!/bin/sh\necho 'step.cpp:1: error: no such thing' >&2\necho more\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.delenv(build.CACHE, raising=False)
     with pytest.raises(build.NoKernels, match=r"broken could not compile .* error: no such thing"):
         build.library_path()
     assert not list((data_folder / "cache" / "kernels").iterdir())
