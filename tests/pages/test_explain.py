@@ -196,7 +196,7 @@ def test_labels_hold_no_markup() -> None:
 def test_every_what_of_the_work_has_a_view() -> None:
     offered = {what for what in explain_state.VIEWS.values() if what}
     known = Explain.model_fields["what"].annotation
-    assert offered == set(known.__args__)
+    assert offered | {"constraint"} == set(known.__args__), "In context shows the constraint"
 
 
 def test_the_ranking_of_layers_becomes_a_recipe(lab: Lab) -> None:
