@@ -105,6 +105,8 @@ def start() -> None:
     if not order.text and not lab.has_corpus():
         say("There is nothing to learn from: add a text first.")
         return
+    if not order.text and order.tokenizer == "char":  # the corpus has an end of text to learn
+        order = order.model_copy(update={"tokenizer": "bpe"})
     try:
         run_id = lab.train(
             order,
