@@ -336,6 +336,13 @@ class Catalogue:
         }
         return self._add(SMOLLM2, card, fetch_smollm2, progress, brought=0.7)
 
+    def free_name(self, stem: str) -> str:
+        """Return a name that nothing here has: ``stem``, or ``stem`` with the next number."""
+        names = (stem, *(f"{stem}-{number}" for number in range(2, 100_000)))
+        return next(
+            one for one in names if one not in PRESETS and not self._folder_of(one).exists()
+        )
+
     def require_free(self, name: str) -> None:
         """Refuse a name that no new model can have.
 

@@ -64,7 +64,7 @@ def plain_of(model: GPT, progress: Callable[[float], None] = lambda share: None)
         for done, name in enumerate(wanted):
             progress(done / len(wanted))
             module = model.get_submodule(name)
-            weight, bias, how = _dense(module)
+            weight, bias, how = dense_of(module)
             made.update([how] if how else [])
             weights[f"{name}.weight"] = weight.detach().cpu()
             if bias is not None:
@@ -85,7 +85,7 @@ def plain_of(model: GPT, progress: Callable[[float], None] = lambda share: None)
     return Plain(spec, weights, tuple(notes))
 
 
-def _dense(module: nn.Module) -> tuple[Tensor, Tensor | None, str | None]:
+def dense_of(module: nn.Module) -> tuple[Tensor, Tensor | None, str | None]:
     """Return weight and bias of a layer or an embedding, and what was done to have them."""
     from torch import nn
 

@@ -23,19 +23,6 @@ MOST_COUNTED = 2**22
 """Weights of a kind that a histogram counts, evenly taken."""
 
 
-def dense(module: nn.Module) -> Tensor | None:
-    """Return the matrix that a module multiplies with, (R, C) float32, None where it has none."""
-    from torch import nn
-
-    if isinstance(module, nn.Linear):
-        return module.weight.detach().float()
-    for name in ("dequantized", "dense"):
-        if callable(give := getattr(module, name, None)):
-            weight: Tensor = give()
-            return weight.float()
-    return None
-
-
 def matrices(model: GPT) -> Mapping[str, nn.Module]:
     """Return the modules that stand for the projections and the head, by name."""
     from gptcore.passes.quantize import layer_shapes
@@ -53,15 +40,17 @@ def of_weights(a: GPT, b: GPT, check: Callable[[], None]) -> dict[str, Any]:
     """
     import torch
 
+    from gptcore.export.dense import dense_of
+
     layers: list[dict[str, Any]] = []
     kinds: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     others = matrices(b)
     for name, module in matrices(a).items():
         check()
-        before = dense(module)
+        before = dense_of(module)[0].detach().float()
         other = others.get(name)
-        after = None if other is None else dense(other)
-        if before is None or after is None or before.shape != after.shape:
+        after = None if other is None else dense_of(other)[0].detach().float()
+        if after is None or before.shape != after.shape:
             layers.append({"layer": name, "snr_db": None, "zeros_ratio": None})
             continue
         noise = (before - after).square().sum().item()

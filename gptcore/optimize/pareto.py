@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gptcore.records import Run, RunKind, RunState
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,23 @@ def _ratio(card: Mapping[str, Any], metric: str) -> float | None:
 
 
 def front(points: Sequence[Point]) -> frozenset[str]:
-    """Return the run ids of the points that no other beats: faster, nearer and smaller at once.
-
-    A point is beaten by one that is no worse on all three axes and better on one; two equal points
-    beat each other not.
-    """
+    """Return the run ids of the points that no other beats: faster, nearer and smaller at once."""
     return frozenset(
-        one.run_id for one in points if not any(_beats(other, one) for other in points)
+        unbeaten({one.run_id: (-one.speedup, one.kl_nats, one.size_ratio) for one in points})
     )
 
 
-def _beats(one: Point, other: Point) -> bool:
-    mine = (-one.speedup, one.kl_nats, one.size_ratio)
-    theirs = (-other.speedup, other.kl_nats, other.size_ratio)
-    return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
+def unbeaten(costs: Mapping[Key, Sequence[float]]) -> set[Key]:
+    """Return the keys of the costs that no other beats.
+
+    One is beaten by another that is no higher anywhere and lower somewhere; two equal ones beat
+    each other not.
+    """
+    return {
+        key
+        for key, mine in costs.items()
+        if not any(
+            other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
+            for other in costs.values()
+        )
+    }

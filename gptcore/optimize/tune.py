@@ -29,6 +29,7 @@ from gptcore.measure.energy import EnergyMeter
 from gptcore.measure.perplexity import Passage, Windowing, model_logits, passage
 from gptcore.measure.statistics import StopRule
 from gptcore.measure.timing import Cell, once
+from gptcore.optimize.pareto import unbeaten
 from gptcore.optimize.part import Part
 from gptcore.passes.registry import pass_from_json, passes
 from gptcore.paths import data_dir
@@ -389,21 +390,14 @@ def keeps_to_limits(trial: FrozenTrial) -> bool:
 def best(work: Tune, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials within the limits that no other beats on all objectives."""
     signs = [1 if OBJECTIVES[one][0] == "minimize" else -1 for one in work.objectives]
-    costs = {
-        one.number: tuple(s * v for s, v in zip(signs, one.values, strict=True))
-        for one in trials
-        if keeps_to_limits(one)
-    }
-    return [
-        one
-        for one in trials
-        if one.number in costs
-        and not any(
-            costs[other] != costs[one.number]
-            and all(a <= b for a, b in zip(costs[other], costs[one.number], strict=True))
-            for other in costs
-        )
-    ]
+    front = unbeaten(
+        {
+            one.number: tuple(s * v for s, v in zip(signs, one.values, strict=True))
+            for one in trials
+            if keeps_to_limits(one)
+        }
+    )
+    return [one for one in trials if one.number in front]
 
 
 def trial_json(trial: FrozenTrial) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def start() -> None:
     try:
         run_id = lab.train(
             order,
-            st.session_state.get("train_name") or free_name(lab),
+            st.session_state.get("train_name") or lab.catalogue.free_name("mine"),
             device=chosen.device,
             threads=chosen.threads,
             minutes=st.session_state.get("train_minutes"),
@@ -138,12 +138,6 @@ def use(name: str) -> None:
     """Choose the model in the sidebar, to continue texts."""
     errors.redraw()
     settings.change(model=name, mode="completion", precision="fp32")
-
-
-def free_name(lab: Lab) -> str:
-    """Return a name that nothing in the catalogue has."""
-    taken = {one.name for one in lab.models()}
-    return next(one for one in (f"mine-{n}" for n in range(1, 10_000)) if one not in taken)
 
 
 # What the page draws
@@ -321,7 +315,9 @@ left, right = st.columns([5, 6])
 with left:
     order_form(lab, order)
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.text_input("Name", key="train_name", placeholder=free_name(lab), max_chars=100)
+        st.text_input(
+            "Name", key="train_name", placeholder=lab.catalogue.free_name("mine"), max_chars=100
+        )
         st.number_input(
             "Minutes at most", min_value=0.1, value=None, key="train_minutes", width=160
         )

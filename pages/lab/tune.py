@@ -146,11 +146,7 @@ def make(run: Run, trial: Mapping[str, Any]) -> None:
         work = Tune.model_validate(dict(run.settings))
         recipe = Recipe.model_validate(trial["recipe"])
         variant = work.variant.model_copy(update={"recipe": recipe})
-        taken = {one.name for one in lab.models()}
-        stem = f"{variant.model}-tuned"
-        name = next(
-            one for one in (stem, *(f"{stem}-{n}" for n in range(2, 10_000))) if one not in taken
-        )
+        name = lab.catalogue.free_name(f"{variant.model}-tuned")
         proof = Prove(
             baseline=work.baseline,
             variant=variant,

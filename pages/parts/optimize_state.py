@@ -90,10 +90,8 @@ class Draft(BaseModel):
 def free_name(lab: Lab, draft: Draft) -> str:
     """Return a name for the result that nothing in the catalogue has."""
     model = settings.current().model
-    stem = "-".join([model, *(one.name for one in draft.recipe.passes)])[:80]
-    taken = {one.name for one in lab.models()}
-    return next(
-        name for name in (stem, *(f"{stem}-{n}" for n in range(2, 10_000))) if name not in taken
+    return lab.catalogue.free_name(
+        "-".join([model, *(one.name for one in draft.recipe.passes)])[:80]
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -32,15 +31,7 @@ from gptcore.measure.memory import trim_heap
 
 ROWS = Grid(8, symmetric=True, dtype=torch.float32)
 HALF_ROWS = Grid(8, symmetric=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing by two threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear(rows: int, columns: int, *, bias: bool = True, seed: int = 0) -> nn.Linear:

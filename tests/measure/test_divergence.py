@@ -40,15 +40,7 @@ from gptcore.tokenizer import byte_tokenizer
 
 SPEC = gpt(2, 64, 4, context=64, vocabulary=97)
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other on a busy machine longer than such models compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(precision: str = "fp32", seed: int = 0, vocabulary: int = 97, scale: float = 8.0) -> GPT:

@@ -41,15 +41,7 @@ from tests.families import CASES, Case
 TOLERANCE = 1e-4
 """Relative, as promised; float32 rounding alone is about 1e-6."""
 SPEC = gpt(2, 32, 4, context=64, vocabulary=97)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other on a busy machine longer than such models compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def some_passage(

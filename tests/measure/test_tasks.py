@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,15 +38,7 @@ from tests.tiny import TEXT, tiny_checkpoint
 KINDS = ("agreement", "cloze", "copying", "counting", "facts")
 CLOSE = 1e-4
 """Of sums of up to 40 log-probabilities in fp32, added in another order."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other are five times slower where another program runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

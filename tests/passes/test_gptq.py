@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -44,15 +43,7 @@ SPECS = {"llama": LLAMA, "untied": UNTIED, "normed": NORMED, "gpt2": GPT2}
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 GRIDS = [Grid(4, 32), Grid(3, 64), Grid(8, symmetric=True, dtype=torch.float32), Grid(4)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing by two threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(columns: int, seed: int = 0, tokens: int = 600) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,15 +24,7 @@ from tests.passes.small import GPT2, LLAMA, applied, kl, logits, made, placed, t
 every_width = pytest.mark.parametrize("bits", [4, 8])
 every_shape = pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
 LEVELS = {4: 15, 8: 255}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing by two threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def with_bits(model: GPT, bits: int) -> GPT:

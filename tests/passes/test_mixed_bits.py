@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,15 +41,7 @@ LLAMA = ModelSpec(
 """Rows that are multiples of 16, so that nothing is padded."""
 GPT2 = gpt(2, 64, 4, context=64, vocabulary=199)
 NAMES = [name for name, _ in layer_shapes(LLAMA)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing by two threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("method", ["round", "gptq", "awq"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -61,15 +60,7 @@ every_pass = pytest.mark.parametrize("one", PASSES, ids=repr)
 CALIBRATED = tuple(
     one.model_copy(update={"method": method}) for one in PASSES for method in ("gptq", "awq")
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing by two threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def under(one: Quantizer) -> Precision:

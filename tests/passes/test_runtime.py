@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,15 +20,7 @@ from gptcore.tokenizer import byte_tokenizer
 from tests.passes.small import GPT2, LLAMA, SHAPES, logits, made, placed, text
 
 every_shape = pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing by two threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @every_shape

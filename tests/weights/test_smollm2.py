@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from gptcore.tokenizer import Tokenizer, load_tokenizer
 from gptcore.weights import Checkpoint
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.smollm2
+pytestmark = [pytest.mark.smollm2, pytest.mark.usefixtures("one_thread")]
 
 NEW_TOKENS = 24
 END = 2
@@ -47,15 +46,6 @@ PROMPTS = [
     "In 1969, the first",
     "The quick brown fox jumps over the lazy dog. " * 8,
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other are five times slower where another program runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
