@@ -20,10 +20,15 @@ LONG = 3000
 """Tokens that take so long that one can click about meanwhile."""
 
 
-def open_playground(server: Server, visit: Visit, **settings: object) -> Page:
-    """Open the playground in a fresh browser; where nothing else is said, for a text to the end."""
+def link(server: Server, **settings: object) -> str:
+    """Return the playground's address; where nothing else is said, for a text of full length."""
     usual = {"model": TINY, "mode": "completion", "threads": 1, "ignore_eos": 1}
-    return visit(server.link("playground", **usual | settings))
+    return server.link("playground", **usual | settings)
+
+
+def open_playground(server: Server, visit: Visit, **settings: object) -> Page:
+    """Open the playground in a fresh browser."""
+    return visit(link(server, **settings))
 
 
 def tokens(page: Page) -> Locator:
@@ -303,7 +308,7 @@ def test_a_bad_link_is_one_sentence_and_the_page_works(
     page = visit(f"{server.link('playground')}?model={TINY}&mode=completion&threads=1&{query}")
     if sentence:
         expect(page.get_by_text(sentence).first).to_be_visible()
-    page.goto(server.link("playground", model=TINY, mode="completion", threads=1, max_new_tokens=5))
+    page.goto(link(server, max_new_tokens=5))
     begin(page)
     ended(page)
 
@@ -380,10 +385,7 @@ def test_a_closed_tab_ends_its_text_and_a_reload_in_time_does_not(own_server: Se
 
 
 def test_ten_tabs_at_once_all_get_their_text(server: Server, visit: Visit):
-    link = server.link(
-        "playground", model=TINY, mode="completion", threads=1, max_new_tokens=20, ignore_eos=1
-    )
-    pages = [visit(link) for _ in range(10)]
+    pages = [open_playground(server, visit, max_new_tokens=20) for _ in range(10)]
     for number, page in enumerate(pages):
         page.get_by_label("Prompt", exact=True).fill(f"Tab {number}")
         page.get_by_role("button", name="Generate").click()
