@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     parser.add_argument("--tensorboard", action="store_true", help="write event files too")
+    parser.add_argument("--mlflow", action="store_true", help="keep the curves as a run of MLflow")
     parser.add_argument("--wait", action="store_true", help="wait for a device that is taken")
     for owner in (Order, Training):
         for name, field in owner.model_fields.items():
@@ -75,7 +77,7 @@ def train_model(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(placement.resolved_threads)
     with joined(options.device) as (processes, device), contextlib.ExitStack() as held:
         breathe = held.enter_context(_shared(device, processes, options.wait))
-        observe = held.enter_context(_observers(options, processes, folder))
+        observe = held.enter_context(_observers(options, processes, folder, order))
         if processes.first:
             what = job(order, folder, resume=options.resume)
         processes.wait()
@@ -185,7 +187,7 @@ def _shared(device: str, processes: Processes, wait: bool) -> Iterator[Callable[
 
 @contextlib.contextmanager
 def _observers(
-    options: argparse.Namespace, processes: Processes, folder: Path
+    options: argparse.Namespace, processes: Processes, folder: Path, order: Order
 ) -> Iterator[Observer]:
     """Give out one observer for all who listen."""
     with contextlib.ExitStack() as opened:
@@ -201,6 +203,12 @@ def _observers(
                 raise StoreError(
                     f"The event files could not be written to {folder}: {error.strerror}."
                 ) from None
+        if processes.first and options.mlflow:
+            from gptcore.train.events import mlflow
+
+            chosen = order.model_dump(exclude={"settings"}) | order.settings.model_dump()
+            warn = partial(print, file=sys.stderr)
+            listening.append(opened.enter_context(mlflow(str(folder), chosen, warn)))
 
         def observe(event: Event) -> None:
             for one in listening:

@@ -26,8 +26,8 @@ LOGIT_COPIES = 3
 """fp32 logits, their softmax and their gradient are there at once."""
 
 
-def sequence_bytes(model: GPT, autocast: torch.autocast) -> int:
-    """Return the bytes that one sequence of the full context keeps until its gradient is known.
+def sequence_bytes(model: GPT, autocast: torch.autocast, window: int) -> int:
+    """Return the bytes that one sequence of ``window`` tokens keeps until its gradient is known.
 
     Error: temporary tensors inside an operation are not seen.
     """
@@ -43,12 +43,12 @@ def sequence_bytes(model: GPT, autocast: torch.autocast) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(1, spec.context, dtype=torch.long, device=model.embedding.weight.device)
+    ids = torch.zeros(1, window, dtype=torch.long, device=model.embedding.weight.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, autocast:
         logits = model(ids)
     del logits
-    return sum(seen.values()) + LOGIT_COPIES * spec.context * spec.vocabulary * 4
+    return sum(seen.values()) + LOGIT_COPIES * window * spec.vocabulary * 4
 
 
 def state_bytes(spec: ModelSpec) -> int:

@@ -21,11 +21,14 @@ from gptcore.sentences import brief, sentence
 from gptcore.spec import ModelSpec, gpt
 from gptcore.tokenizer import load_tokenizer
 from gptcore.train.checkpoint import steps as checkpoints
+from gptcore.train.origin import Origin, origin
 from gptcore.train.settings import Training
+from gptcore.train.teaching import require_teacher
 from gptcore.train.texts import pieces, split
 from gptcore.train.tokens import Data, prepare
 from gptcore.train.trainer import TOKENIZER_FILES, Job
 from gptcore.train.vocabulary import by_character, byte_pairs, save_tokenizer, tokenizer_id
+from gptcore.weights.save import config_of
 
 ORDER = "order.json"
 TOKENIZER = "tokenizer"
@@ -69,6 +72,12 @@ class Order(BaseModel):
         description="A model whose weights, shape and tokenizer to go on with; empty is a fresh "
         "one of the shape above.",
     )
+    teacher: str = Field(
+        "",
+        max_length=4096,
+        title="Teacher",
+        description="A model with the same tokenizer that the student learns from too.",
+    )
     prompt: str = Field(
         "",
         max_length=2000,
@@ -90,13 +99,18 @@ def job(order: Order, folder: Path, *, resume: bool = False) -> Job:
         InvalidInput: a text, tokenizer, shape or model that cannot be used.
         StoreError: the disk is full or cannot be written.
     """
-    checkpoint = Catalogue(models_dir()).checkpoint(order.start) if order.start else None
+    catalogue = Catalogue(models_dir())
+    start = origin(catalogue, order.start) if order.start else None
+    teacher = origin(catalogue, order.teacher) if order.teacher else None
     if resume:
         _require_same_tokenizer(order, folder)
     else:
-        _begin(order, folder, checkpoint.directory if checkpoint else None)
+        _begin(order, folder, start or teacher)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    spec = checkpoint.spec if checkpoint else _shape(order, tokenizer.vocabulary)
+    spec = start.spec if start else _shape(order, tokenizer.vocabulary, teacher)
+    config_of(spec)  # refuses a shape that could not be written at the end
+    if teacher is not None:
+        require_teacher(teacher, spec, tokenizer_id(folder / TOKENIZER), order.settings)
     if tokenizer.vocabulary > spec.vocabulary:
         raise InvalidInput(
             f"The tokenizer has {tokenizer.vocabulary:,} ids and the model knows "
@@ -107,8 +121,8 @@ def job(order: Order, folder: Path, *, resume: bool = False) -> Job:
         settings=order.settings,
         data=_data(order, folder / TOKENIZER),
         tokenizer=folder / TOKENIZER,
-        start=checkpoint.directory if checkpoint else None,
-        start_id=checkpoint.weights_id if checkpoint else None,
+        start=start,
+        teacher=teacher,
         prompt=order.prompt,
     )
 
@@ -130,7 +144,7 @@ def read_order(folder: Path) -> Order:
         ) from None
 
 
-def _begin(order: Order, folder: Path, start: Path | None) -> None:
+def _begin(order: Order, folder: Path, known: Origin | None) -> None:
     """Put order and tokenizer into a folder that holds no training yet."""
     if checkpoints(folder):
         raise InvalidInput(
@@ -141,8 +155,8 @@ def _begin(order: Order, folder: Path, start: Path | None) -> None:
     try:
         shutil.rmtree(target, ignore_errors=True)  # of a try that was refused
         target.mkdir(parents=True)
-        if start is not None:
-            _take_tokenizer(start, target)
+        if known is not None:
+            _take_tokenizer(known.directory, target)
         elif order.tokenizer in ("char", "bpe"):
             _make_tokenizer(order, target)
         else:
@@ -171,11 +185,13 @@ def _require_same_tokenizer(order: Order, folder: Path) -> None:
         )
 
 
-def _shape(order: Order, vocabulary: int) -> ModelSpec:
+def _shape(order: Order, vocabulary: int, teacher: Origin | None) -> ModelSpec:
     if order.width % order.heads:
         raise InvalidInput(
             f"{order.heads} heads do not divide a width of {order.width}: choose a multiple."
         )
+    if teacher is not None:
+        vocabulary = teacher.spec.vocabulary
     return gpt(order.layers, order.width, order.heads, context=order.context, vocabulary=vocabulary)
 
 

@@ -28,6 +28,13 @@ class Training(BaseModel):
         title="Parts of a batch",
         description="Computed one after the other and added up: more parts take less memory.",
     )
+    window: int = Field(
+        0,
+        ge=0,
+        le=2**20,
+        title="Window",
+        description="Tokens of one sequence while training; 0 takes the model's whole context.",
+    )
     learning_rate: float = Field(
         1e-3, gt=0.0, le=1e9, title="Learning rate", description="The largest, after the warm-up."
     )
@@ -65,6 +72,36 @@ class Training(BaseModel):
         lt=1.0,
         title="Dropout",
         description="Share of what enters the residual stream that is set to 0 while training.",
+    )
+    teaching_ratio: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        title="Teacher's share",
+        description="Of the loss, where there is a teacher; the rest is cross-entropy with the "
+        "text. 0 is the control: the same sequences in the same order, without the teacher.",
+    )
+    teaching_temperature: float = Field(
+        2.0,
+        gt=0.0,
+        le=100.0,
+        title="Teaching temperature",
+        description="Softens teacher and student alike.",
+    )
+    teaching_top: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        title="Teacher's tokens",
+        description="The teacher's likeliest tokens kept at each place; the rest counts as one.",
+    )
+    hidden_ratio: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        title="Hidden states",
+        description="Weight of the distance between the student's and the teacher's hidden "
+        "states, evenly spread layers against each other; 0 matches none.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",

@@ -132,14 +132,19 @@ def windows(data: TokenFile, context: int) -> int:
     return (data.tokens - 1) // context - 1
 
 
-def starts(data: TokenFile, context: int, seed: int, step: int, batch: int) -> list[int]:
-    """Return where the sequences of a step begin: ``batch`` positions."""
+def starts(
+    data: TokenFile, context: int, seed: int, step: int, batch: int, *, shifted: bool = True
+) -> list[int]:
+    """Return where the sequences of a step begin: ``batch`` positions.
+
+    Without ``shifted`` every epoch has the same windows, at multiples of ``context``.
+    """
     count = max(1, windows(data, context))
     found = []
     for row in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(row, count)
         order, offset = _epoch(count, context, seed, epoch)
-        found.append(offset + int(order[at]) * context)
+        found.append(shifted * offset + int(order[at]) * context)
     return found
 
 

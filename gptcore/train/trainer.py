@@ -31,8 +31,10 @@ from gptcore.train import checkpoint
 from gptcore.train.checkpoint import Progress
 from gptcore.train.events import LOG, Event, Log, Noted, Observer, Stepped, Validated
 from gptcore.train.memory import require_batch, require_room, sequence_bytes
+from gptcore.train.origin import Origin
 from gptcore.train.processes import Processes, wrapped
 from gptcore.train.settings import Training
+from gptcore.train.teaching import Teacher
 from gptcore.train.tokens import Data, require_windows, sequences, starts, validation_starts
 from gptcore.train.vocabulary import tokenizer_id
 
@@ -62,12 +64,17 @@ class Job:
     data: Data
     tokenizer: Path
     """A folder with tokenizer.json."""
-    start: Path | None = None
-    """A Hugging Face directory whose weights are the first; None draws them from the seed."""
-    start_id: str | None = None
-    """The weights id of ``start``."""
+    start: Origin | None = None
+    """Whose weights are the first; None draws them from the seed."""
+    teacher: Origin | None = None
+    """Whom the model learns from too."""
     prompt: str = ""
     """What the texts that it writes while learning begin with."""
+
+    @property
+    def window(self) -> int:
+        """Tokens of one sequence."""
+        return min(self.settings.window or self.spec.context, self.spec.context)
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for a training to go on."""
@@ -75,7 +82,8 @@ class Job:
             "spec": self.spec.model_dump(mode="json", exclude={"note"}),
             "tokenizer": tokenizer_id(self.tokenizer),
             "data": self.data.id,
-            "start": self.start_id,
+            "start": self.start.id if self.start else None,
+            "teacher": self.teacher.id if self.teacher else None,
             "settings": self.settings.model_dump(mode="json"),
         }
 
@@ -177,7 +185,7 @@ class _Run:
                 f"processes in {job.settings.parts} parts: choose a multiple of "
                 f"{self.processes.count * job.settings.parts}."
             )
-        require_windows(job.data, job.spec.context)
+        require_windows(job.data, job.window)
         self._claim(resume)
         require_room(job.spec, self.device)
         self.model = first_model(job, self.device)
@@ -195,6 +203,23 @@ class _Run:
         if self.processes.first:
             self._log = Log(self.folder, self.progress.step)
         self._module = wrapped(self.model, self.processes)
+        self.teacher = self._hired()
+
+    def _hired(self) -> Teacher | None:
+        """Return the teacher, if it has a say."""
+        settings, origin = self.settings, self.job.teacher
+        if origin is None or not (settings.teaching_ratio or settings.hidden_ratio):
+            return None
+        require_room(origin.spec, self.device)
+        return Teacher(
+            origin.model(self.device),
+            self.model,
+            id=origin.id,
+            data=self.job.data,
+            settings=settings,
+            window=self.job.window,
+            autocast=self.autocast,
+        )
 
     def loop(self, breathe: Callable[[], None], deadline_s: float | None) -> str:
         """Train; return why it ended."""
@@ -273,7 +298,7 @@ class _Run:
     def _require_batch(self) -> None:
         """Refuse a batch that does not fit; a GPU that is full says so itself."""
         try:
-            sequence = sequence_bytes(self.model, self.autocast)
+            sequence = sequence_bytes(self.model, self.autocast, self.job.window)
         except RuntimeError as error:
             raise _does_not_fit(error, 1) from None
         shared = 1 if self.device.startswith("cuda") else self.processes.count
@@ -322,7 +347,7 @@ class _Run:
             own = self._gradients(step)
         except RuntimeError as error:
             raise _does_not_fit(error, settings.batch // settings.parts) from None
-        (total,) = self.processes.sums(own)
+        total, near = self.processes.sums(*own)
         loss = total / self.processes.count
         self._require_number(loss, "loss")
         self.scaler.unscale_(self.optimizer)
@@ -333,7 +358,7 @@ class _Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = self._clock() - began
-        tokens = settings.batch * self.job.spec.context
+        tokens = settings.batch * self.job.window
         self.progress = replace(self.progress, step=step + 1, tokens=self.progress.tokens + tokens)
         self.last_loss = loss
         tokens_per_s = tokens / max(seconds, 1e-9)
@@ -345,31 +370,54 @@ class _Run:
                 gradient_norm=norm,
                 seconds=seconds,
                 tokens_per_s=tokens_per_s,
-                mfu_ratio=mfu_ratio(self.job.spec, tokens_per_s / self.processes.count, self._peak),
+                mfu_ratio=mfu_ratio(
+                    self.job.spec,
+                    self.job.window,
+                    tokens_per_s / self.processes.count,
+                    self._peak,
+                ),
                 memory_bytes=peak_memory(self.device),
+                teaching=near / self.processes.count if self.teacher else None,
             )
         )
 
-    def _gradients(self, step: int) -> float:
-        """Add up the gradients of this process's share of a batch; return its mean loss."""
+    def _gradients(self, step: int) -> tuple[float, float]:
+        """Add up the gradients of this process's share of a batch.
+
+        Returns its mean cross-entropy, and its mean divergence from the teacher, if there is one.
+        """
         import torch
         from torch.nn import functional as F
 
-        settings, data, context = self.settings, self.job.data.train, self.job.spec.context
-        begins = starts(data, context, settings.seed, step, settings.batch)
+        settings, data = self.settings, self.job.data.train
+        begins = starts(
+            data,
+            self.job.window,
+            settings.seed,
+            step,
+            settings.batch,
+            shifted=self.job.teacher is None,
+        )
         own = self.processes.share(begins)
         size = len(own) // settings.parts
-        ids, total = data.read(), 0.0
+        ids, total, taught = data.read(), 0.0, 0.0
         for part in range(settings.parts):
-            inputs, targets = self._batch(ids, own[part * size : (part + 1) * size])
+            rows = own[part * size : (part + 1) * size]
+            inputs, targets = self._batch(ids, rows)
             last = part == settings.parts - 1
             with together(self._module, last):
                 with self.autocast:
                     logits = self._module(inputs)  # (B, T, V)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+                nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+                loss = nats
+                if self.teacher is not None:
+                    near, far = self.teacher.loss(rows, inputs, logits)
+                    share = settings.teaching_ratio
+                    loss = (1 - share) * nats + share * near + settings.hidden_ratio * far
+                    taught += float(near.detach()) / settings.parts
                 torch.autograd.backward(self.scaler.scale(loss / settings.parts))
-            total += float(loss.detach()) / settings.parts
-        return total
+            total += float(nats.detach()) / settings.parts
+        return total, taught
 
     def _validate(self) -> None:
         """Hold the model against the validation text, say so, and write a checkpoint."""
@@ -411,7 +459,7 @@ class _Run:
         import torch
         from torch.nn import functional as F
 
-        data, context = self.job.data.validation, self.job.spec.context
+        data, context = self.job.data.validation, self.job.window
         begins = validation_starts(data, context, self.settings.validation_windows)
         own, ids = self.processes.share(begins), data.read()
         size = max(1, self.settings.batch // self.settings.parts // self.processes.count)
@@ -429,7 +477,7 @@ class _Run:
         """Return what is read and what shall follow, each (B, T) int64 on the device."""
         import torch
 
-        both = torch.from_numpy(sequences(ids, begins, self.job.spec.context)).to(self.device)
+        both = torch.from_numpy(sequences(ids, begins, self.job.window)).to(self.device)
         return both[:, :-1], both[:, 1:]
 
     def _sample(self) -> str:
@@ -509,23 +557,13 @@ def first_model(job: Job, device: str) -> GPT:
     Raises:
         InvalidWeights: those to begin with cannot be read.
     """
-    from torch import nn
-
+    if job.start is not None:
+        return job.start.model(device).requires_grad_(True)
     from gptcore import weights
     from gptcore.device import Placement
 
     placement = Placement(device=device, precision="fp32")
-    if job.start is None:
-        model = weights.build_random(job.spec, placement, job.settings.seed)
-    else:
-        model = weights.build(weights.describe(job.start), placement)
-        for module in model.modules():
-            for name, one in list(module.named_parameters(recurse=False)):
-                # Loaded weights are mapped from their file, which must not be written.
-                setattr(module, name, nn.Parameter(one.detach().clone()))
-        if job.spec.tied_head:
-            model.head.weight = model.embedding.weight
-    return model.requires_grad_(True)
+    return weights.build_random(job.spec, placement, job.settings.seed).requires_grad_(True)
 
 
 def optimizer(model: GPT, settings: Training, device: str) -> torch.optim.AdamW:
@@ -585,11 +623,13 @@ def together(module: nn.Module, last: bool) -> contextlib.AbstractContextManager
     return module.no_sync()
 
 
-def mfu_ratio(spec: ModelSpec, tokens_per_s: float, peak_flop_per_s: float | None) -> float | None:
+def mfu_ratio(
+    spec: ModelSpec, window: int, tokens_per_s: float, peak_flop_per_s: float | None
+) -> float | None:
     """Return the share of the measured peak that the model's arithmetic reaches."""
     if not peak_flop_per_s:
         return None
-    flop = 6 * spec.parameters + 12 * spec.layers * spec.q_width * spec.context
+    flop = 6 * spec.parameters + 12 * spec.layers * spec.q_width * window
     return flop * tokens_per_s / peak_flop_per_s
 
 
@@ -609,13 +649,13 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Return what is not the same, as a person calls it; empty where nothing is."""
     names = {"data": "corpus", "start": "first model"}
     found = [
-        names.get(key, key) for key in after if key != "settings" and before[key] != after[key]
+        names.get(key, key) for key in after if key != "settings" and before.get(key) != after[key]
     ]
-    settings = after["settings"]
+    known = {**Training().model_dump(mode="json"), **before["settings"]}
     found += [
-        f"{key.replace('_', ' ')} ({before['settings'].get(key)}, not {value})"
-        for key, value in settings.items()
-        if before["settings"].get(key) != value
+        f"{key.replace('_', ' ')} ({known[key]}, not {value})"
+        for key, value in after["settings"].items()
+        if known[key] != value
     ]
     return ", ".join(found)
 

@@ -258,7 +258,7 @@ def test_a_batch_that_does_not_fit_names_the_largest_that_would() -> None:
 def test_a_sequence_is_measured_to_take_what_its_parts_take(folder: Path) -> None:
     what = small_job(folder, width=64, context=64, heads=2)
     spec = what.spec
-    measured = sequence_bytes(first_model(what, "cpu"), autocast("fp32", "cpu"))
+    measured = sequence_bytes(first_model(what, "cpu"), autocast("fp32", "cpu"), what.window)
     # Each block keeps at least its two norms' inputs, q, k, v, what attention gives, and two
     # tensors inside the MLP: 6 widths and two of four widths a token. Three times that is too much.
     least = spec.layers * spec.context * (6 * spec.width + 2 * spec.hidden) * 4
@@ -314,8 +314,8 @@ def test_the_result_is_a_model_of_the_catalogue_that_writes(folder: Path) -> Non
 def test_mfu_is_arithmetic_over_the_peak(folder: Path) -> None:
     spec = small_job(folder).spec
     flop = 6 * spec.parameters + 12 * 2 * 32 * 16
-    assert mfu_ratio(spec, 1000.0, 1e9) == pytest.approx(flop * 1000 / 1e9)
-    assert mfu_ratio(spec, 1000.0, None) is None
+    assert mfu_ratio(spec, spec.context, 1000.0, 1e9) == pytest.approx(flop * 1000 / 1e9)
+    assert mfu_ratio(spec, spec.context, 1000.0, None) is None
 
 
 def test_a_text_is_written_at_each_validation_and_only_the_weights_change_it(folder: Path) -> None:
