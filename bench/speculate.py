@@ -114,7 +114,7 @@ def outcomes(precision: str, count: int, new_tokens: int, threads: int) -> list[
     for kind, request in requests(count, new_tokens):
         done = {}
         for shortcuts in draw.sample([False, True], 2):
-            engine.cache_for([], 1)  # forgets the text before
+            engine.forget()
             generation = engine.start(request, shortcuts=shortcuts)
             tokens = list(generation)
             done[shortcuts] = generation, tokens, tokens[-1].seconds - tokens[0].seconds

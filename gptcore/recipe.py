@@ -116,6 +116,17 @@ class Recipe(BaseModel):
         """Return the recipe as a file keeps it; ``recipe_from_text`` reads it back."""
         return json.dumps({"version": RECIPE_VERSION, **self.model_dump(mode="json")}, indent=1)
 
+    def as_text(self) -> str:
+        """Return the recipe as a person writes it; ``recipe_from_text`` reads it back.
+
+        What is the default is left out, and the hash of a text, which is found again. It is JSON
+        where the calibration is one of its own.
+        """
+        known = self.calibration and self.calibration.model_copy(update={"hash": ""})
+        if known not in (None, Calibration()):
+            return json.dumps(Recipe(passes=self.passes, calibration=known).model_dump(mode="json"))
+        return ", ".join(map(_as_call, self.passes))
+
     def then(self, one: Pass) -> Recipe:
         """Return this recipe with ``one`` added at the end of its stage."""
         before = [p for p in self.passes if p.stage <= one.stage]
@@ -174,6 +185,12 @@ def recipe_from_text(text: str) -> Recipe:
     return recipe_from_json(_calls(stripped))
 
 
+def _as_call(one: Pass) -> str:
+    changed = one.model_dump(mode="json", exclude_defaults=True)
+    inside = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    return f"{one.name}({inside})" if inside else one.name
+
+
 def _calls(text: str) -> list[dict[str, Any]]:
     """Return the passes that ``a(x=1), b`` names, as JSON."""
     try:
@@ -186,7 +203,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
                 continue
             if not isinstance(one, ast.Call) or not isinstance(one.func, ast.Name) or one.args:
                 raise ValueError
-            fields = {str(each.arg): ast.literal_eval(each.value) for each in one.keywords}
+            fields = {str(each.arg): _value(each.value) for each in one.keywords}
             found.append({**fields, "pass": one.func.id})
     except (SyntaxError, ValueError, AssertionError, RecursionError, MemoryError):
         raise InvalidInput(
@@ -194,6 +211,11 @@ def _calls(text: str) -> list[dict[str, Any]]:
             "prune(sparsity=0.5), int4(group=32)."
         ) from None
     return found
+
+
+def _value(node: ast.expr) -> Any:
+    """Return a field's value; a word needs no quotes, as in ``method=gptq``."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 class Variant(BaseModel):

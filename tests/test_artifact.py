@@ -278,6 +278,7 @@ def test_a_recipe_reads_back_from_its_file_and_from_calls() -> None:
     recipe = Recipe(passes=(Prune(sparsity=0.4), Int4(group=32)), calibration=TEXT)
     assert recipe_from_text(recipe.as_file()) == recipe
     assert recipe_from_text("prune(sparsity=0.4) → int4(group_size=32)").passes == recipe.passes
+    assert recipe_from_text("int4(method=gptq)") == recipe_from_text("int4(method='gptq')")
 
 
 def test_what_a_killed_process_left_is_swept_away_later(models: Path) -> None:
