@@ -2,8 +2,9 @@
 
 Prefill (many positions at once, bound by arithmetic) and decode (one position, bound by reading
 the weights) are separate functions, because they are separate costs. ``Generation`` is the state
-of one request between two steps; nothing in it is shared, so that a scheduler can later step
-many of them in turn.
+of one request between two steps. Its ``going`` computes nothing: it says what has to be read next
+and is sent the logits, so that a text is drawn, stopped and held to its rule by the same lines
+whether it is written alone (iterate it) or beside others (``batching``).
 
 Letters of shapes: B batch, T new tokens, V vocabulary.
 """
@@ -11,9 +12,10 @@ Letters of shapes: B batch, T new tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ LEAST_CHUNK = 32
 WIDE_TOKENS = 16
 """From here on 16-bit weights are multiplied in fp32 on a CPU without instructions for them."""
 KEPT_BYTES = 2**28
-"""Keys and values that an engine keeps of its last text, at most."""
+"""Keys and values that an engine keeps of its last texts, at most."""
 FORCED_CHUNK = 64
 """As above where the logits of every position are wanted: 64 × V × 4 bytes are 13 MB."""
 
@@ -64,14 +66,27 @@ def forward(model: GPT, ids: Sequence[int], cache: KVCache, *, last_only: bool =
     A few tokens are read by our own library, where it can do this model and cache, many by torch:
     16-bit weights in fp32 where the CPU has no faster way.
     """
-    step = step_of(model)
-    if step is not None and step.takes(cache) and (step.exact or len(ids) <= step.few_tokens):
+    if (step := reader_of(model, len(ids), cache)) is not None:
         return step.read(ids, cache, last_only=last_only)
     batch = torch.tensor([list(ids)], device=cache.k.device)  # (1, T)
     wide = cache.k.device.type == "cpu" and len(ids) >= WIDE_TOKENS
     with torch.inference_mode(), wide_products(model) if wide else nullcontext():
         logits: Tensor = model(batch, cache, last_only=last_only)
         return logits[0]
+
+
+def read_asked(model: GPT, asked: ToRead) -> Tensor:
+    """Read what a generation asked for, all at once."""
+    logits = forward(model, asked.ids, asked.cache, last_only=not asked.each)
+    return logits if asked.each else logits[-1]
+
+
+def reader_of(model: GPT, tokens: int, cache: KVCache) -> NativeStep | None:
+    """Return the native step where it is what reads so many tokens, else None: torch does."""
+    step = step_of(model)
+    if step is not None and step.takes(cache) and (step.exact or tokens <= step.few_tokens):
+        return step
+    return None
 
 
 def decode(model: GPT, id: int, cache: KVCache) -> Tensor:
@@ -98,8 +113,8 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.clock = clock
-        self._kept: tuple[list[int], KVCache] | None = None
-        """The tokens of the last text that wanted to be kept, and what is known of them."""
+        self._kept: list[Known] = []
+        """Of the last texts that wanted to be kept, the oldest first."""
 
     def prompt_ids(self, request: Request) -> tuple[list[int], int]:
         """Return the prompt's token ids and how many were cut from its beginning.
@@ -138,36 +153,55 @@ class Engine:
             self, request, self.clock() if sent_at is None else sent_at, cancelled, shortcuts
         )
 
-    def cache_for(self, ids: Sequence[int], capacity: int) -> KVCache:
-        """Return a cache that knows as much of ``ids`` as the last text had in common with them.
+    def cache_for(self, ids: Sequence[int], capacity: int, others: Iterable[Known] = ()) -> KVCache:
+        """Return a cache that knows as much of ``ids`` as an earlier text had in common with them.
 
         One token at least is left to be read. What is taken over has the bits that reading it anew
         would give: any number of tokens where a token's bits do not depend on its neighbours in a
         call, else whole chunks of the prompt.
+
+        Args:
+            ids: of a prompt.
+            capacity: positions of the new cache.
+            others: texts that are being written now, of which the beginning may be the same too.
         """
-        cache, kept = self.model.new_cache(capacity), self._kept
-        self._kept = None
-        if kept is None:
-            return cache
-        known, old = kept
-        common = min(len(known), len(ids) - 1, old.length)
-        common = next((i for i in range(common) if known[i] != ids[i]), common)
-        common -= common % self._granule(cache)
-        if common > 0 and old.k.shape[-1] == cache.k.shape[-1]:
-            for there, here in ((old.k, cache.k), (old.v, cache.v)):
+        cache = self.model.new_cache(capacity)
+        granule, best, common = self._granule(cache), None, 0
+        for one in (*self._kept, *others):
+            shared = one.common(ids[:-1]) // granule * granule
+            if shared >= max(common, 1) and one.cache.k.shape[-1] == cache.k.shape[-1]:
+                best, common = one, shared
+        if best is not None:
+            for there, here in ((best.cache.k, cache.k), (best.cache.v, cache.v)):
                 here[:, :, :, :common].copy_(there[:, :, :, :common])
             cache.length = common
+            self._kept.sort(key=lambda one: one is best)  # the last to go
+            if common == len(best.ids) // granule * granule:  # what goes on from it replaces it
+                self._kept = [one for one in self._kept if one is not best]
         return cache
 
-    def keep(self, ids: Sequence[int], answer: Sequence[int], cache: KVCache) -> None:
-        """Keep what a text's cache knows for the next one, if it is not too large."""
-        if cache.k.nbytes + cache.v.nbytes > KEPT_BYTES:
-            return
+    def known(self, ids: Sequence[int], answer: Sequence[int], cache: KVCache) -> Known:
+        """Return what a text's cache knows that another text may take over."""
         chunk = self._granule(cache)
         exact = list(ids[: len(ids) // chunk * chunk])
         if chunk == 1:
             exact += answer[:-1]  # the last token was drawn, not read
-        self._kept = exact[: cache.length], cache
+        return Known(exact[: cache.length], cache)
+
+    def keep(self, known: Known) -> None:
+        """Keep what is known of a text for those to come, and as many before it as there is room.
+
+        One that is too large for that is not kept.
+        """
+        if known.nbytes > KEPT_BYTES:
+            return
+        self._kept.append(known)
+        while sum(one.nbytes for one in self._kept) > KEPT_BYTES:
+            self._kept.pop(0)
+
+    def forget(self) -> None:
+        """Let go of what was kept."""
+        self._kept.clear()
 
     def _granule(self, cache: KVCache) -> int:
         """Return of how many tokens the bits depend on each other."""
@@ -192,6 +226,39 @@ class Engine:
             )
         cache = self.model.new_cache(len(ids))
         return as_numpy(read(self.model, ids, cache, cancelled))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What a cache knows for certain: the tokens whose keys and values anybody would compute so."""
+
+    ids: list[int]
+    cache: KVCache
+
+    @property
+    def nbytes(self) -> int:
+        """What the cache takes."""
+        return self.cache.k.nbytes + self.cache.v.nbytes
+
+    def common(self, ids: Sequence[int]) -> int:
+        """Return how many tokens ``ids`` begins with in common."""
+        most = min(len(self.ids), len(ids), self.cache.length)
+        return next((i for i in range(most) if self.ids[i] != ids[i]), most)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ToRead:
+    """Tokens that a generation wants to have read into its cache before it goes on.
+
+    The answer is the logits after the last of them, (V,), or after each, (T, V).
+    """
+
+    ids: Sequence[int]
+    cache: KVCache
+    each: bool = False
+    """Whether the logits after every token are wanted."""
+    left: int | None = None
+    """For the newest token of a text: how many are still to come, that one not counted."""
 
 
 def fit_prompt(ids: list[int], request: Request, *, context: int) -> tuple[list[int], int]:
@@ -245,6 +312,25 @@ def as_numpy(logits: Tensor) -> Floats:
     return np.asarray(logits.detach().float().cpu().numpy())
 
 
+Going = Generator[Token | ToRead, Tensor, None]
+"""A generation on its way: what it yields, and what it is sent for every ``ToRead``."""
+
+
+def answer(going: Going, compute: Callable[[], Tensor]) -> Token | ToRead | None:
+    """Send a generation the logits that it asked for, and return what it yields; None is its end.
+
+    What goes wrong in ``compute`` is raised where it was asked for, so that the text ends in order.
+    """
+    try:
+        try:
+            logits = compute()
+        except Exception as error:
+            return going.throw(error)
+        return going.send(logits)
+    except StopIteration:
+        return None
+
+
 class Generation:
     """One request on its way; iterate it for Tokens, then read what it cost.
 
@@ -256,9 +342,11 @@ class Generation:
         guide: holds the text to the request's constraint; None where there is none.
         prefill_s: seconds of the prefill, None before it is done.
         decoder: what computes the decode steps, and if that is torch on a CPU, why.
-        reused_tokens: of the prompt, which the text before had computed.
+        reused_tokens: of the prompt, which another text had computed.
         steps: decode steps so far; fewer than tokens where guesses were right.
+        most_others: texts that were decoded in the same steps, at most.
         lookup: guesses ahead; None where that is not wanted, or would save nothing.
+        cache: keys and values of the text, None before it is begun.
     """
 
     def __init__(
@@ -278,14 +366,17 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.prefill_s: float | None = None
         self.decoder = engine.decoder
-        self.reused_tokens = self.steps = 0
+        self.reused_tokens = self.steps = self.most_others = 0
         self.lookup: Lookup | None = None
+        self.cache: KVCache | None = None
+        self.others: Callable[[], Iterable[Known]] = tuple
+        """Texts beside this one; asked once, for a beginning in common."""
         self._shortcuts = shortcuts
         self.first_s: float | None = None
         """Seconds from sending to the first text that was not forced."""
         self.last_s: float | None = None
         """Seconds from sending to the last token."""
-        self._cancelled = cancelled
+        self.cancelled = cancelled
         vocabulary = engine.model.spec.vocabulary
         self.guide = (
             Guide(request.constraint, engine.tokenizer, vocabulary, clock=engine.clock)
@@ -305,7 +396,27 @@ class Generation:
         if self.lookup:
             found["guessed_tokens"] = self.lookup.guessed
             found["accepted_tokens"] = self.lookup.accepted
+        if self.most_others:
+            found["most_others"] = self.most_others
         return found
+
+    @property
+    def limit(self) -> int:
+        """How many new tokens there may be: those that were asked for, if the context has room."""
+        known = len(self.prompt_ids) + len(self.request.forced_ids)
+        return min(self.request.max_new_tokens, self.engine.model.spec.context - known)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the text may come to have."""
+        return len(self.prompt_ids) + len(self.request.forced_ids) + self.limit
+
+    @property
+    def known(self) -> Known | None:
+        """What other texts may take over of this one, None before it is begun."""
+        if self.cache is None:
+            return None
+        return self.engine.known(self.prompt_ids, self.token_ids, self.cache)
 
     def __iter__(self) -> Iterator[Token]:
         """Yield tokens until the limit, a stop string, the end of text, or a cancellation.
@@ -313,16 +424,36 @@ class Generation:
         Raises:
             NumericalError: a logit is NaN or infinite.
         """
+        with closing(self.going()) as going:
+            event = next(going, None)
+            while event is not None:
+                if isinstance(event, Token):
+                    yield event
+                    event = next(going, None)
+                else:
+                    event = answer(going, partial(self.read, event))
+
+    def read(self, asked: ToRead) -> Tensor:
+        """Compute what ``going`` asked for, with guesses ahead where that was wished for."""
+        model = self.engine.model
+        if asked.left is None:
+            return read_asked(model, asked)
+        if self.lookup:
+            logits, computed = self.lookup.after(asked.ids[0], asked.left)
+            self.steps += computed
+            return logits
+        self.steps += 1
+        return decode(model, asked.ids[0], asked.cache)
+
+    def going(self) -> Going:
+        """Yield tokens, and what has to be read between them; send the logits for the latter.
+
+        Raises:
+            NumericalError: a logit is NaN or infinite.
+        """
         text = _Text(self.engine.tokenizer, self.request.stop)
         try:
-            for token in self._tokens():
-                for released in text.push(token):
-                    if self.first_s is None and released.text and not released.forced:
-                        self.first_s = token.seconds
-                    yield released
-                if text.stopped:
-                    self.finish_reason = FinishReason.STOP
-                    break
+            yield from self._begun(text)
         except Cancelled:
             self.finish_reason = FinishReason.CANCELLED
         except NumericalError:
@@ -331,47 +462,52 @@ class Generation:
             raise
         yield from text.flush()
 
-    def _tokens(self) -> Iterator[Token]:
-        model, request, clock = self.engine.model, self.request, self.engine.clock
-        limit = min(
-            request.max_new_tokens,
-            model.spec.context - len(self.prompt_ids) - len(request.forced_ids),
-        )
-        capacity = len(self.prompt_ids) + len(request.forced_ids) + limit
-        started = clock()
+    def _begun(self, text: _Text) -> Going:
+        if self.cancelled():
+            raise Cancelled("Cancelled before it began.")
+        started = self.engine.clock()
         if self._shortcuts:
-            cache = self.engine.cache_for(self.prompt_ids, capacity)
+            cache = self.engine.cache_for(self.prompt_ids, self.capacity, self.others())
             self.reused_tokens = cache.length
         else:
-            cache = model.new_cache(capacity)
+            cache = self.engine.model.new_cache(self.capacity)
+        self.cache = cache
         self.decoder = self.engine.decoder_of(cache)
         try:
-            yield from self._written(cache, limit, started)
+            yield from self._written(text, cache, started)
         finally:
             if self._shortcuts:
-                self.engine.keep(self.prompt_ids, self.token_ids, cache)
+                self.engine.keep(self.engine.known(self.prompt_ids, self.token_ids, cache))
 
-    def _written(self, cache: KVCache, limit: int, started: float) -> Iterator[Token]:
+    def _written(self, text: _Text, cache: KVCache, started: float) -> Going:
         """Yield the tokens of the trunk and then the new ones."""
-        model, request, clock = self.engine.model, self.request, self.engine.clock
-        unread = self.prompt_ids[cache.length :]
-        raw = as_numpy(read(model, unread, cache, self._cancelled))
+        request, clock, limit = self.request, self.engine.clock, self.limit
+        size = chunk_tokens(self.engine.model)
+        for begin in range(cache.length, len(self.prompt_ids), size):
+            if self.cancelled():
+                raise Cancelled("Cancelled while the prompt was being read.")
+            logits = yield ToRead(self.prompt_ids[begin : begin + size], cache)
+        raw = as_numpy(logits)
         reading_s = clock() - started
         for begin in range(0, len(request.forced_ids), FORCED_CHUNK):
-            if self._cancelled():
+            if self.cancelled():
                 raise Cancelled("Cancelled while the branch was being read.")
             chunk = request.forced_ids[begin : begin + FORCED_CHUNK]
             started = clock()
-            after = forward(model, chunk, cache).cpu()  # (T, V)
+            after = yield ToRead(chunk, cache, each=True)  # (T, V)
+            after = after.cpu()
             reading_s += clock() - started
             for id, following in zip(chunk, after, strict=True):
-                yield self._token(id, raw, self._chain(raw), forced=True)
+                yield from self._said(text, self._token(id, raw, self._chain(raw), forced=True))
+                if text.stopped:
+                    return
                 if self.guide:
                     self.guide.take(id)
                 raw = as_numpy(following)
         self.prefill_s = reading_s
         if self._shortcuts:
-            self.lookup = Lookup.of(model, cache, [*self.prompt_ids, *self.token_ids])
+            known = [*self.prompt_ids, *self.token_ids]
+            self.lookup = Lookup.of(self.engine.model, cache, known)
         eos_ids = frozenset() if request.ignore_eos else self.engine.tokenizer.eos_ids
         if self.guide:
             eos_ids = self.guide.end_ids
@@ -386,7 +522,9 @@ class Generation:
                 return
             self.new_tokens += 1
             self.last_s = token.seconds
-            yield token
+            yield from self._said(text, token)
+            if text.stopped:
+                return
             if self.guide:
                 self.guide.take(token.id)
                 if self.guide.complete:
@@ -395,15 +533,18 @@ class Generation:
             if self.new_tokens >= limit:
                 self.finish_reason = FinishReason.LENGTH
                 return
-            if self._cancelled():
+            if self.cancelled():
                 raise Cancelled("Cancelled.")
-            if self.lookup:
-                found, computed = self.lookup.after(token.id, limit - self.new_tokens)
-                raw = as_numpy(found)
-                self.steps += computed
-            else:
-                raw = as_numpy(decode(model, token.id, cache))
-                self.steps += 1
+            raw = as_numpy((yield ToRead((token.id,), cache, left=limit - self.new_tokens)))
+
+    def _said(self, text: _Text, token: Token) -> Iterator[Token]:
+        """Yield the tokens whose text is certain now; a stop string ends the generation."""
+        for released in text.push(token):
+            if self.first_s is None and released.text and not released.forced:
+                self.first_s = token.seconds
+            yield released
+        if text.stopped:
+            self.finish_reason = FinishReason.STOP
 
     def _drawn(self, logits: Floats) -> Token:
         chain = self._chain(logits)

@@ -61,6 +61,8 @@ from gptcore.measure.statistics import StopRule as StopRule
 from gptcore.measure.statistics import median_interval, summary
 from gptcore.measure.statistics import pairs_for as pairs_for
 from gptcore.measure.tasks import TASK_SETS, kinds_of, named_tasks
+from gptcore.measure.text_diff import difference as difference
+from gptcore.measure.text_diff import first_divergent as first_divergent
 from gptcore.measure.text_scores import PAIR_SETS
 from gptcore.measure.timing import Cell as Cell
 from gptcore.measure.works_quality import Tasks as Tasks
@@ -747,7 +749,7 @@ class Lab:
     def queue(self) -> tuple[int, int]:
         """Return how many runs are running and how many wait, over all devices."""
         hosts = tuple(self._hosts.values())
-        return sum(host.running is not None for host in hosts), sum(host.waiting for host in hosts)
+        return sum(len(host.running) for host in hosts), sum(host.waiting for host in hosts)
 
     def runs(self, **filters: Any) -> tuple[Run, ...]:
         """Return runs, newest first; the filters are those of ``Store.runs``."""

@@ -94,6 +94,12 @@ class Lookup:
         self._ahead = list(zip(guesses, found[1:], strict=True))
         return found[0], 1
 
+    def pass_over(self, id: int) -> None:
+        """Note a newly drawn token that is read elsewhere, behind what the cache knew before it."""
+        self._ahead.clear()
+        self._cache.truncate(len(self._ids))
+        self._add(id)
+
     def _add(self, id: int) -> None:
         """Note what stands behind the last gram."""
         if len(self._ids) >= GRAM:

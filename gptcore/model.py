@@ -266,15 +266,36 @@ class GPT(nn.Module):
             ContextOverflow: more positions than the spec's context or the cache's capacity.
         """
         start = cache.length if cache is not None else 0
-        end = start + ids.shape[1]
-        room = self.spec.context if cache is None else min(self.spec.context, cache.capacity)
-        if end > room:
-            raise ContextOverflow(f"{end:,} positions do not fit into {room:,}: shorten the text.")
+        self._check_room(start + ids.shape[1], cache)
         x, where = self.enter(ids, start)
         for layer, block in enumerate(self.blocks):
             x = block(x, where, cache, layer)
+        return self._leave(x, start, cache, last_only=last_only)
+
+    def by_blocks(
+        self, ids: Tensor, cache: KVCache, *, last_only: bool = False
+    ) -> Iterator[Tensor | None]:
+        """Do what ``forward`` does, and yield None behind every block; the logits come last.
+
+        The cache must not be used before that.
+        """
+        start = cache.length
+        self._check_room(start + ids.shape[1], cache)
+        x, where = self.enter(ids, start)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, where, cache, layer)
+            yield None
+        yield self._leave(x, start, cache, last_only=last_only)
+
+    def _check_room(self, end: int, cache: KVCache | None) -> None:
+        room = self.spec.context if cache is None else min(self.spec.context, cache.capacity)
+        if end > room:
+            raise ContextOverflow(f"{end:,} positions do not fit into {room:,}: shorten the text.")
+
+    def _leave(self, x: Tensor, start: int, cache: KVCache | None, *, last_only: bool) -> Tensor:
+        """Note in the cache what it knows now, and return the logits: (B, T, W) -> (B, T, V)."""
         if cache is not None:
-            cache.length = end
+            cache.length = start + x.shape[1]
         if last_only:
             x = x[:, -1:]
         logits: Tensor = self.head(self.norm(x))

@@ -18,7 +18,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_checkpoint(folder: Path, *, context: int = 512, scale: float = 0.5) -> Path:
+def tiny_checkpoint(
+    folder: Path, *, context: int = 512, scale: float = 0.5, layers: int = 2
+) -> Path:
     """Write a Llama-shaped Hugging Face directory with a tokenizer and a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
@@ -42,7 +44,7 @@ def tiny_checkpoint(folder: Path, *, context: int = 512, scale: float = 0.5) -> 
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": hidden,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": context,
@@ -62,7 +64,7 @@ def tiny_checkpoint(folder: Path, *, context: int = 512, scale: float = 0.5) -> 
 
     tensors = {"model.embed_tokens.weight": normal(vocabulary, width)}
     tensors["model.norm.weight"] = torch.ones(width)
-    for layer in range(2):
+    for layer in range(layers):
         name = f"model.layers.{layer}."
         tensors[name + "input_layernorm.weight"] = torch.ones(width)
         tensors[name + "post_attention_layernorm.weight"] = torch.ones(width)

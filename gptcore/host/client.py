@@ -1,7 +1,9 @@
 """The server's side of a host: a queue, one host process at a time, and what runs now. No torch.
 
 The queue lives here, so that what waits survives the death of a host. One thread a device hands
-over the work and waits for its end; one thread a process reads its events.
+over the work in the order of its arrival and sees to what became of it; one thread a process reads
+its events. Generations of one variant are handed over together, all other work alone: what comes
+next waits until the host can take it, and so does everything behind it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from gptcore.errors import HostLost
-from gptcore.host.wire import encode, run_from_json, run_to_json, token_from_json
+from gptcore.host.wire import READING, encode, run_from_json, run_to_json, token_from_json
 from gptcore.paths import ROOT
 from gptcore.recipe import Variant
 from gptcore.records import Numbers, Request, Run, RunState, Token, now
@@ -32,6 +34,12 @@ log = logging.getLogger(__name__)
 
 START_S = 60.0
 """How long a host may take to say hello; importing torch took 2 s here."""
+LOOK_S = 0.1
+"""How often the process is looked at while it works."""
+MOST_TOGETHER = 32
+"""Generations that a host is given together, at most; more than these wait in the queue."""
+ATTEMPTS = 2
+"""Processes that an order is given to, where the first one says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,19 @@ class Order:
     answer_ids: tuple[int, ...] = ()
 
 
+@dataclass(slots=True, eq=False)
+class _Handed:
+    """An order that a process has been given."""
+
+    order: Order
+    process: subprocess.Popen[bytes] | None
+    attempts: int = 1
+    heard: bool = False
+    """Whether the process said anything of it."""
+    is_open: bool = False
+    """Whether its variant is loaded and the device taken, so that others can join."""
+
+
 class HostClient:
     """Owns the queue of one device and the process that works it off."""
 
@@ -139,13 +160,16 @@ class HostClient:
         self._on_ended = on_ended
         self._changed = threading.Condition()
         self._waiting: deque[Order | str] = deque()
-        self._current: Order | None = None
+        self._handed: dict[str, _Handed] = {}
+        """What runs, by run id."""
+        self._attempts: dict[str, int] = {}
+        """How many processes were given an order that waits again, because none answered."""
         self._process: subprocess.Popen[bytes] | None = None
         self._held: tuple[Held, ...] = ()
         self._hello: Mapping[str, Any] | None = None
         self._restarts = 0
-        self._heard = False
         self._closed = False
+        self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._dispatch, name=f"host {device}", daemon=True)
         self._thread.start()
 
@@ -161,10 +185,9 @@ class HostClient:
         return self._held if self.pid else ()
 
     @property
-    def running(self) -> LiveRun | None:
+    def running(self) -> tuple[LiveRun, ...]:
         """What is being worked on."""
-        current = self._current
-        return current.live if current else None
+        return tuple(one.order.live for one in tuple(self._handed.values()))
 
     @property
     def waiting(self) -> int:
@@ -175,7 +198,7 @@ class HostClient:
         """Return the state of the host in a few words."""
         if not self.pid:
             return "not started" if not self._restarts else "ended; starts with the next run"
-        state = "busy" if self._current else "idle"
+        state = "busy" if self._handed else "idle"
         return f"{state}, process {self.pid}, {len(self._held)} loaded, {self.waiting} waiting"
 
     def warm(self) -> None:
@@ -202,10 +225,11 @@ class HostClient:
                 if isinstance(one, Order) and one.run_id == run_id:
                     self._waiting.remove(one)
                     self._end(one, RunState.CANCELLED, None)
+                    self._changed.notify_all()
                     return
-            current = self._current
-        if current and current.run_id == run_id:
-            current.live.cancelled.set()
+            handed = self._handed.get(run_id)
+        if handed:
+            handed.order.live.cancelled.set()
             self._send({"op": "cancel", "id": run_id})
 
     def close(self) -> None:
@@ -235,19 +259,43 @@ class HostClient:
     def _dispatch(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                one = self._waiting.popleft()
-                self._current = one if isinstance(one, Order) else None
-            if isinstance(one, Order):
-                self._work_off(one)
+                while not (self._closed or self._may_go()) and not self._gone():
+                    self._changed.wait(LOOK_S if self._handed else None)
+                gone = self._gone()
+                if self._closed and not gone:
+                    if not self._handed:
+                        return
+                    self._changed.wait(LOOK_S)
+                    continue
+                one = None if gone else self._waiting.popleft()
+                if isinstance(one, Order):
+                    attempts = self._attempts.pop(one.run_id, 0) + 1
+                    self._handed[one.run_id] = handed = _Handed(one, None, attempts)
+            if one is None:
+                self._bury()
+            elif isinstance(one, Order):
+                self._hand_over(handed)
             elif one == "warm":
                 self._try_to_start()
             elif self.pid:
                 self._send({"op": "unload"})
-            self._current = None
+
+    def _may_go(self) -> bool:
+        """Whether what is next can be given to the host now."""
+        if not self._waiting:
+            return False
+        one, handed = self._waiting[0], tuple(self._handed.values())
+        if not handed:
+            return True
+        if not isinstance(one, Order) or one.op != "generate" or len(handed) >= MOST_TOGETHER:
+            return False
+        return all(
+            other.order.op == "generate" and other.order.variant == one.variant for other in handed
+        ) and any(other.is_open for other in handed)
+
+    def _gone(self) -> bool:
+        """Whether a process is gone that had something to do."""
+        return any(_is_dead(one.process) for one in tuple(self._handed.values()))
 
     def _try_to_start(self) -> str | None:
         """Start the process if there is none; return why it did not, where it did not."""
@@ -257,8 +305,9 @@ class HostClient:
             return str(error)
         return None
 
-    def _work_off(self, order: Order) -> None:
-        """Hand an order over and wait for its end."""
+    def _hand_over(self, handed: _Handed) -> None:
+        """Give an order to the process."""
+        order = handed.order
         order.live.say("starting")
         run = order.live.change(state=RunState.RUNNING, started_at=now())
         message = {
@@ -269,27 +318,38 @@ class HostClient:
             "answer_ids": order.answer_ids,
             "sent_at": order.sent_at,
         }
-        # A host that was killed while idle may not be seen as dead yet, and one may be killed while
-        # it starts: an order that nobody answered at all goes to the next host.
-        for attempt in range(2):
-            if problem := self._try_to_start():
-                if attempt == 0 and not self._closed:
-                    continue
+        while problem := self._try_to_start():
+            if handed.attempts >= ATTEMPTS or self._closed:
+                self._handed.pop(order.run_id)
                 self._end(order, RunState.FAILED, problem, HostLost.kind)
                 return
-            process, self._heard = self._process, False
-            self._send(message)
-            if order.live.cancelled.is_set():
-                self._send({"op": "cancel", "id": order.run_id})
-            while not order.live.ended.wait(0.1):
-                if process is None or process.poll() is not None:
-                    break
-            time.sleep(0 if order.live.ended.is_set() else 0.1)  # for what is still in the pipe
-            if order.live.ended.is_set():
-                return
-            if self._heard or self._closed:
-                break
-        self._lost(order, process)
+            handed.attempts += 1
+        handed.process = self._process
+        self._send(message)
+        if order.live.cancelled.is_set():
+            self._send({"op": "cancel", "id": order.run_id})
+
+    def _bury(self) -> None:
+        """See to what a process had to do that is gone.
+
+        A host that was killed while idle may not be seen as dead yet, and one may be killed while
+        it starts: an order that nobody answered at all goes to the next host, before all others.
+        """
+        time.sleep(LOOK_S)  # for what is still in the pipe
+        with self._changed:
+            lost = [one for one in self._handed.values() if _is_dead(one.process)]
+            for one in lost:
+                del self._handed[one.order.run_id]
+            again = [
+                one
+                for one in lost
+                if not one.heard and one.attempts < ATTEMPTS and not self._closed
+            ]
+            self._attempts |= {one.order.run_id: one.attempts for one in again}
+            self._waiting.extendleft(one.order for one in reversed(again))
+        for one in lost:
+            if one not in again:
+                self._lost(one.order, one.process)
 
     def _lost(self, order: Order, process: subprocess.Popen[bytes] | None) -> None:
         code = process.returncode if process else None
@@ -342,7 +402,7 @@ class HostClient:
         if process is None or process.stdin is None:
             return
         try:
-            with self._changed:
+            with self._sending:
                 process.stdin.write(encode(message))
                 process.stdin.flush()
         except (BrokenPipeError, ValueError):
@@ -365,7 +425,6 @@ class HostClient:
 
     def _take(self, message: Mapping[str, Any]) -> None:
         event = message["event"]
-        current = self._current
         if event == "hello":
             self._hello = message
         elif event == "loaded":
@@ -373,12 +432,12 @@ class HostClient:
                 Held(v["hash"], v["model"], v["precision"], v["bytes"], v["coverage"])
                 for v in message["variants"]
             )
-        elif current is not None and current.run_id == message["id"]:
-            self._heard = True
-            self._hear(current, event, message)
+        elif handed := self._handed.get(message["id"]):
+            handed.heard = True
+            self._hear(handed, event, message)
 
-    def _hear(self, order: Order, event: str, message: Mapping[str, Any]) -> None:
-        live = order.live
+    def _hear(self, handed: _Handed, event: str, message: Mapping[str, Any]) -> None:
+        live = handed.order.live
         if event == "token":
             token = token_from_json(message["token"])
             live.add(token)
@@ -389,12 +448,25 @@ class HostClient:
             live.change(result=message["result"])
         elif event == "phase":
             live.say(message["phase"], message["progress"])
+            if message["phase"] == READING:
+                with self._changed:
+                    handed.is_open = True
+                    self._changed.notify_all()
         elif event == "ended":
             if "logits" in message:
                 logits = np.frombuffer(base64.b64decode(message["logits"]), dtype="<f4")
                 live.logits = (tuple(message["ids"]), logits)
             saved = bool(message["saved"])
+            with self._changed:
+                if self._handed.pop(handed.order.run_id, None) is None:
+                    return
             live.end(run_from_json(message["run"]), lambda: self._on_ended(live, saved))
+            with self._changed:
+                self._changed.notify_all()
+
+
+def _is_dead(process: subprocess.Popen[bytes] | None) -> bool:
+    return process is not None and process.poll() is not None
 
 
 def _close_quietly(pipe: IO[bytes] | None) -> None:

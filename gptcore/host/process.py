@@ -1,8 +1,10 @@
 """The host process: orders come as JSON lines on standard input, events leave on the output.
 
 Orders: ``generate``, ``inspect`` (a look at logits), ``work``, ``cancel``, ``unload``. Events:
-``hello``, ``phase``, ``token``, ``numbers``, ``partial``, ``ended``, ``loaded``. The end of the
-input means that the server is gone: what runs is interrupted, written down, and the process ends.
+``hello``, ``phase``, ``token``, ``numbers``, ``partial``, ``ended``, ``loaded``. An order to
+generate that comes while others are written by the same variant joins them; all other orders wait
+until nothing runs. The end of the input means that the server is gone: what runs is interrupted,
+written down, and the process ends.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, BinaryIO
 
 from gptcore.catalogue import Catalogue
 from gptcore.errors import Cancelled, GptcoreError, StoreError, internal_error
+from gptcore.host.sitting import Job
 from gptcore.host.wire import encode, run_from_json, run_to_json, token_to_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.host.works import work_from_json
@@ -36,7 +41,11 @@ FAREWELL_S = 3.0
 
 
 class HostProcess:
-    """Reads orders in one thread and works in the other, the main one."""
+    """Reads orders in one thread, works in the main one, and saves generations in a third.
+
+    A generation that is saved must not hold up those that are still written; other work begins
+    when all is saved.
+    """
 
     def __init__(
         self, device: str, store: Store | None, orders: BinaryIO, events: BinaryIO
@@ -47,21 +56,40 @@ class HostProcess:
         self._events = events
         self._sending = threading.Lock()
         self._work: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._next: deque[Mapping[str, Any] | None] = deque()
+        """Taken from there and put back: it comes before the others."""
+        self._saving: queue.Queue[Callable[[], object]] = queue.Queue()
         self._cancelled: set[str] = set()
         self._server_gone = threading.Event()
 
     def serve(self) -> None:
         """Work until the input ends."""
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
+        threading.Thread(target=self._save_on, name="saving", daemon=True).start()
         import torch
 
         self._send({"event": "hello", "pid": os.getpid(), "torch": str(torch.__version__)})
-        while (order := self._work.get()) is not None:
-            if order["op"] == "unload":
-                self._worker.unload()
+        while (order := self._next.popleft() if self._next else self._work.get()) is not None:
+            if order["op"] == "generate":
+                self._generate(order)
             else:
-                self._run(order)
+                self._saving.join()
+                if order["op"] == "unload":
+                    self._worker.unload()
+                else:
+                    self._run(order)
             self._send_loaded()
+        self._saving.join()
+
+    def _save_on(self) -> None:
+        while True:
+            save = self._saving.get()
+            try:
+                save()
+            except Exception:  # the next one must still be saved
+                traceback.print_exc(file=sys.stderr)
+            finally:
+                self._saving.task_done()
 
     def _listen(self) -> None:
         for line in self._orders:
@@ -76,9 +104,56 @@ class HostProcess:
         farewell.daemon = True
         farewell.start()
 
-    def _run(self, order: Mapping[str, Any]) -> None:
-        run = run_from_json(order["run"])
-        watcher = Watcher(
+    def _generate(self, order: Mapping[str, Any]) -> None:
+        """Generate, together with what comes meanwhile for the same variant."""
+        variant = order["variant"]
+        taken: dict[str, Mapping[str, Any]] = {}
+
+        def job_of(order: Mapping[str, Any]) -> Job | None:
+            run = run_from_json(order["run"])
+            taken[run.id] = order
+
+            def on_ended(finished: Run, tokens: tuple[Token, ...]) -> None:
+                self._send_loaded()
+                self._saving.put(partial(self._finish, finished, tokens))
+
+            def on_error(error: Exception) -> None:
+                self._saving.put(partial(self._broken, run, error))
+
+            self._saving.put(partial(self._begin, run))
+            try:
+                request = Request.model_validate(order["request"])
+                Variant.model_validate(variant)
+            except Exception as error:
+                on_error(error)
+                return None
+            return Job(run, request, self._watcher(run), order["sent_at"], on_ended, on_error)
+
+        def arrived() -> Job | None:
+            while (another := self._joining(variant)) is not None:
+                if job := job_of(another):
+                    return job
+            return None
+
+        if first := job_of(order):
+            later = self._worker.generate_together(Variant.model_validate(variant), first, arrived)
+            if later is not None:
+                self._next.appendleft(taken[later.run.id])
+
+    def _joining(self, variant: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the next order if it is to generate with this variant, and leave it else."""
+        if not self._next:
+            try:
+                self._next.append(self._work.get_nowait())
+            except queue.Empty:
+                return None
+        order = self._next[0]
+        if order is None or order["op"] != "generate" or order["variant"] != variant:
+            return None
+        return self._next.popleft()
+
+    def _watcher(self, run: Run) -> Watcher:
+        return Watcher(
             cancelled=lambda: run.id in self._cancelled or self._server_gone.is_set(),
             on_phase=lambda phase, progress: self._send(
                 {"event": "phase", "id": run.id, "phase": phase, "progress": progress}
@@ -94,29 +169,29 @@ class HostProcess:
             ),
             on_measured=lambda one: self._save(lambda store: store.add_measurements([one])),
         )
+
+    def _run(self, order: Mapping[str, Any]) -> None:
+        """Do what is done alone."""
+        run = run_from_json(order["run"])
+        watcher = self._watcher(run)
         try:
             if order["op"] == "work":
                 self._perform(run, work_from_json(run.kind, run.settings), watcher)
                 return
             variant = Variant.model_validate(order["variant"])
             request = Request.model_validate(order["request"])
-            if order["op"] == "generate":
-                self._begin(run)
-                finished, tokens = self._worker.generate(
-                    run, variant, request, watcher, sent_at=order["sent_at"]
-                )
-                self._finish(finished, tokens)
-            else:
-                self._look(run, variant, request, order["answer_ids"], watcher)
-        except Exception as error:  # the loop must live on; the run says what, the log says where
-            traceback.print_exc(file=sys.stderr)
-            kind, sentence = internal_error(error)
-            failed = replace(
-                run, state=RunState.FAILED, ended_at=now(), error_kind=kind, error=sentence
-            )
-            self._finish(failed, ())
-        finally:
-            self._cancelled.discard(run.id)
+            self._look(run, variant, request, order["answer_ids"], watcher)
+        except Exception as error:  # the loop must live on
+            self._broken(run, error)
+
+    def _broken(self, run: Run, error: Exception) -> None:
+        """End a run with an error of this program: the run says what, the log says where."""
+        traceback.print_exception(error, file=sys.stderr)
+        kind, sentence = internal_error(error)
+        failed = replace(
+            run, state=RunState.FAILED, ended_at=now(), error_kind=kind, error=sentence
+        )
+        self._finish(failed, ())
 
     def _begin(self, run: Run) -> None:
         self._save(lambda store: store.update_run(run.id, state=RunState.RUNNING, started_at=now()))
@@ -150,6 +225,7 @@ class HostProcess:
         self._end(run, saved=self._save(lambda store: store.finish_run(run, tokens)))
 
     def _end(self, run: Run, **more: Any) -> None:
+        self._cancelled.discard(run.id)
         self._send({"event": "ended", "id": run.id, "run": run_to_json(run), **more})
 
     def _save(self, write: Callable[[Store], object]) -> bool:

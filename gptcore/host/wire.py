@@ -11,6 +11,9 @@ from typing import Any
 from gptcore.errors import KINDS, GptcoreError
 from gptcore.records import Alternative, Numbers, Run, RunKind, RunState, Token
 
+READING = "reading the prompt"
+"""The phase of a generation from which on others of its variant may join it."""
+
 
 def encode(message: Mapping[str, Any]) -> bytes:
     """Return one line, newline included; NaN is refused, so that every reader agrees."""

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,14 @@ from gptcore.device import free_bytes, limit_spinning
 from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
 from gptcore.fit import fit
 from gptcore.host.lock import device_lock
+from gptcore.host.sitting import Job, Sitting, decode_cost, ended, finish, judged
+from gptcore.host.wire import READING
 from gptcore.measure.calibration import named_text, rows, with_text
 from gptcore.measure.memory import PeakMemory, drop_mapped_weights, trim_heap, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
 from gptcore.passes.base import PassContext
 from gptcore.recipe import Variant
 from gptcore.records import (
-    FinishReason,
     Measurement,
     Numbers,
     Request,
@@ -53,8 +53,6 @@ LEAST_SHARE = 0.02
 """A pass that is done so far says nothing yet of how long it will take."""
 DROP_EVERY = 0.1
 """The share of a load or pass after which the weight files' pages are let go of."""
-NUMBERS_EVERY_S = 0.4
-"""How often the numbers of a generation are told while it writes."""
 
 
 @dataclass(slots=True)
@@ -92,7 +90,7 @@ class Worker:
     def generate(
         self, run: Run, variant: Variant, request: Request, watcher: Watcher, *, sent_at: float
     ) -> tuple[Run, tuple[Token, ...]]:
-        """Generate, and return the finished run with all its tokens.
+        """Generate alone, and return the finished run with all its tokens.
 
         What a user can cause ends the run as failed or cancelled; it is not raised.
 
@@ -103,87 +101,81 @@ class Worker:
             watcher: hears phases, tokens, and the numbers so far.
             sent_at: when the request was sent, on the monotonic clock of this machine.
         """
-        tokens: list[Token] = []
+        done: list[tuple[Run, tuple[Token, ...]]] = []
+        errors: list[Exception] = []
+
+        def on_ended(run: Run, tokens: tuple[Token, ...]) -> None:
+            done.append((run, tokens))
+
+        job = Job(run, request, watcher, sent_at, on_ended, errors.append)
+        self.generate_together(variant, job, lambda: None)
+        if errors:
+            raise errors[0]
+        return done[0]
+
+    def generate_together(
+        self, variant: Variant, first: Job, arrived: Callable[[], Job | None]
+    ) -> Job | None:
+        """Generate side by side with whatever comes until all have ended; jobs hear it themselves.
+
+        Args:
+            variant: of all jobs.
+            first: waits for the device and for the variant; the others need not.
+            arrived: returns one more job if there is one; asked between two steps.
+
+        Returns:
+            A job that arrived and was not begun, because it needs more memory than texts side by
+            side may take: it is to come first now.
+        """
         started_at = now()
-        cost: Callable[[], Numbers | None] = _unknown
-        how: Mapping[str, Any] | None = None
-
-        def write() -> RunState:
-            nonlocal cost, how
-            with self._lock("generate", watcher):
-                queue_s = self._clock() - sent_at
+        sitting: Sitting | None = None
+        later: Job | None = None
+        try:
+            with self._lock("generate", first.watcher):
+                queue_s = self._clock() - first.sent_at
                 with PeakMemory(self.device) as memory:
+                    peak = memory.part()
                     is_loaded, before = variant.hash in self.loaded, self._clock()
-                    loaded = self.load(variant, watcher, request=request)
+                    loaded = self.load(variant, first.watcher, request=first.request)
                     load_s = 0.0 if is_loaded else self._clock() - before
-                    watcher.on_phase("reading the prompt", None)
-                    generation = loaded.engine.start(
-                        request, sent_at=sent_at, cancelled=watcher.cancelled, shortcuts=True
+                    sitting = Sitting(
+                        loaded,
+                        memory,
+                        clock=self._clock,
+                        peaks=self._peaks,
+                        learn=partial(self._learn_peak, loaded),
                     )
-                    cost = partial(
-                        self._numbers, loaded, generation, queue_s, load_s, memory, sent_at
-                    )
-                    try:
-                        self._write(generation, tokens, watcher, cost)
-                    finally:
-                        how = generation.how
-                if generation.finish_reason is FinishReason.CANCELLED:
-                    return RunState.CANCELLED
-                self._learn_peak(loaded, generation)
-                return RunState.DONE
-
-        state, problem = self._outcome(variant, write)
-        finished = self._ended(run, started_at, tokens, state, problem)
-        return replace(finished, numbers=cost(), result=how), tuple(tokens)
+                    sitting.join(first, queue_s=queue_s, load_s=load_s, peak=peak)
+                    while len(sitting):
+                        while later is None and (job := arrived()) is not None:
+                            if not sitting.join(job):
+                                later = job
+                        if later is not None and later.watcher.cancelled():
+                            error = Cancelled("Cancelled while it waited for room.")
+                            finish(later, variant, now(), (), error)
+                            later = None
+                        sitting.step()
+        except Exception as error:
+            if sitting is None:
+                finish(first, variant, started_at, (), error)
+            else:
+                sitting.fail(error)
+        return later
 
     def perform(self, run: Run, work: Work, watcher: Watcher) -> Run:
         """Do a piece of work, and return the finished run with its result.
 
         What a user can cause ends the run as failed or cancelled, with the last partial result.
         """
-        started_at = now()
+        started_at, state = now(), RunState.DONE
+        problem: GptcoreError | None = None
         desk = _Desk(self, run.id, watcher)
-
-        def do() -> RunState:
+        try:
             with self._lock(str(work.kind), watcher):
                 desk.result = dict(work.perform(desk))
-            return RunState.DONE
-
-        state, problem = self._outcome(work.variants_used()[0], do)
-        return replace(self._ended(run, started_at, (), state, problem), result=desk.result)
-
-    def _outcome(
-        self, variant: Variant, work: Callable[[], RunState]
-    ) -> tuple[RunState, GptcoreError | None]:
-        """Do ``work`` and return how it ended, with what a user can do about it."""
-        try:
-            return work(), None
-        except Cancelled as error:
-            return RunState.CANCELLED, error
-        except GptcoreError as error:
-            return RunState.FAILED, error
-        except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            return RunState.FAILED, DoesNotFit(
-                f"{variant.model} in {variant.precision} ran out of memory on {self.device}; "
-                "choose a smaller size, precision or limit."
-            )
-
-    def _write(
-        self,
-        generation: Generation,
-        tokens: list[Token],
-        watcher: Watcher,
-        cost: Callable[[], Numbers | None],
-    ) -> None:
-        told_at = self._clock()
-        for token in generation:
-            tokens.append(token)
-            watcher.on_token(token)
-            if self._clock() - told_at >= NUMBERS_EVERY_S and (so_far := cost()):
-                told_at = self._clock()
-                watcher.on_numbers(so_far)
+        except Exception as error:
+            state, problem = judged(error, work.variants_used()[0])
+        return replace(ended(run, started_at, (), state, problem), result=desk.result)
 
     def next_logits(
         self,
@@ -195,7 +187,7 @@ class Worker:
         """Return the ids of prompt + answer and the logits after them, (V,) float32."""
         with self._lock("look at the next token", watcher):
             loaded = self.load(variant, watcher, request=request)
-            watcher.on_phase("reading the prompt", None)
+            watcher.on_phase(READING, None)
             prompt, _ = loaded.engine.prompt_ids(request)
             ids = (*prompt, *answer_ids)
             return ids, loaded.engine.next_logits(ids, cancelled=watcher.cancelled)
@@ -355,41 +347,9 @@ class Worker:
         )
         context.calibration_hash = text.hash
 
-    def _numbers(
-        self,
-        loaded: Loaded,
-        generation: Generation,
-        queue_s: float,
-        load_s: float,
-        memory: PeakMemory,
-        sent_at: float,
-    ) -> Numbers:
-        tpot_s, step_bytes = _decode_cost(loaded, generation)
-        peak = self._peaks.get(loaded.variant.hash)
-        last_s = generation.last_s
-        known = len(generation.prompt_ids) + len(generation.request.forced_ids)
-        read = known - generation.reused_tokens
-        return Numbers(
-            prompt_tokens=len(generation.prompt_ids),
-            new_tokens=generation.new_tokens,
-            finish_reason=str(generation.finish_reason or ""),
-            queue_s=queue_s,
-            load_s=load_s,
-            ttft_s=generation.first_s,
-            tpot_s=tpot_s,
-            e2e_s=last_s if last_s is not None else self._clock() - sent_at,
-            prefill_tokens_per_s=read / generation.prefill_s if generation.prefill_s else None,
-            decode_tokens_per_s=1 / tpot_s if tpot_s else None,
-            peak_memory_bytes=memory.peak_bytes or None,
-            mbu_ratio=step_bytes / tpot_s / peak if tpot_s and peak else None,
-            mbu_bytes_per_step=step_bytes if tpot_s else None,
-            mbu_peak_bytes_per_s=peak if tpot_s else None,
-            cut_tokens=generation.cut_tokens,
-        )
-
     def _learn_peak(self, loaded: Loaded, generation: Generation) -> None:
         """Measure the bandwidth against which the decode is held, where it is not known yet."""
-        tpot_s, step_bytes = _decode_cost(loaded, generation)
+        tpot_s, step_bytes = decode_cost(loaded, generation)
         free = free_bytes(self.device)
         if tpot_s and (free is None or free > PEAK_ROOM * loaded.step_bytes):
             peak = peak_bandwidth(
@@ -399,24 +359,6 @@ class Worker:
                 at_least=step_bytes / tpot_s,
             )
             self._peaks[loaded.variant.hash] = peak.bytes_per_s
-
-    @staticmethod
-    def _ended(
-        run: Run,
-        started_at: datetime,
-        tokens: Sequence[Token],
-        state: RunState,
-        error: GptcoreError | None,
-    ) -> Run:
-        return replace(
-            run,
-            state=state,
-            started_at=started_at,
-            ended_at=now(),
-            text="".join(token.text for token in tokens),
-            error_kind=error.kind if error else None,
-            error=str(error) if error else None,
-        )
 
 
 def continues(variant: Variant, made: Variant) -> bool:
@@ -460,18 +402,6 @@ def _dropping() -> Callable[[float], None]:
     return drop
 
 
-def _decode_cost(loaded: Loaded, generation: Generation) -> tuple[float | None, int]:
-    """Return seconds per output token so far, and the bytes that were read for one on average."""
-    n_out, first_s, last_s = generation.new_tokens, generation.first_s, generation.last_s
-    decode_s = last_s - first_s if last_s is not None and first_s is not None else None
-    read = len(generation.prompt_ids) + len(generation.request.forced_ids)
-    kv = (read + n_out / 2) * loaded.variant.kv_bytes_per_token
-    if not decode_s or n_out < 2:
-        return None, int(loaded.step_bytes + kv)
-    steps = min(1.0, generation.steps / (n_out - 1))
-    return decode_s / (n_out - 1), int((loaded.step_bytes + kv) * steps)
-
-
 class _Desk:
     """The worker as a Work sees it."""
 
@@ -505,13 +435,3 @@ class _Desk:
 
     def measured(self, name: str, observations: Sequence[float]) -> None:
         self._watcher.on_measured(Measurement(self._run_id, name, tuple(observations)))
-
-
-def _unknown() -> None:
-    """Return what a generation cost that has not begun."""
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether torch (which raises RuntimeError for it) or Python ran out of memory."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text

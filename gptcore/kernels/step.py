@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -70,7 +70,7 @@ class NativeStep:
         self._kept: list[Tensor] = []
         """What the structs point to."""
         self._signature = _signature(model)
-        self._checked: weakref.ref[KVCache] | None = None
+        self._checked: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._cos, self._sin = torch.empty(0), torch.empty(0)
         blocks = cast("Iterable[Block]", model.blocks)
         self._blocks = (CBlock * len(model.blocks))(*map(self._block, blocks))
@@ -87,7 +87,7 @@ class NativeStep:
         """
         if cache.k.shape[1] != texts:
             return False
-        if self._checked is not None and self._checked() is cache:
+        if cache in self._checked:
             return True
         model = self._model()
         fits = (
@@ -97,7 +97,8 @@ class NativeStep:
             and cache.k.is_contiguous()
             and _signature(model) == self._signature
         )
-        self._checked = weakref.ref(cache) if fits else None
+        if fits:
+            self._checked.add(cache)
         return fits
 
     def __call__(self, id: int, cache: KVCache) -> Tensor:
@@ -119,16 +120,22 @@ class NativeStep:
         Raises:
             ContextOverflow: they do not fit; nothing was read then.
         """
+        found = list(self.read_on(ids, cache, last_only=last_only))
+        return found[-1] if last_only or len(found) == 1 else torch.cat(found)
+
+    def read_on(
+        self, ids: Sequence[int], cache: KVCache, *, last_only: bool = False
+    ) -> Iterator[Tensor]:
+        """Read as ``read`` does, and yield the logits of each call of the library as it is done."""
         self._room(cache, len(ids))
-        found = []
         for begin in range(0, len(ids), self.most_tokens):
             some = ids[begin : begin + self.most_tokens]
             ends = begin + len(some) == len(ids)
             wanted = (1 if ends else 0) if last_only else len(some)
             places = [_Place(cache, 0, cache.length + i) for i in range(len(some))]
-            found.append(self._run(some, places, wanted))
+            logits = self._run(some, places, wanted)
             cache.length += len(some)
-        return found[-1] if last_only or len(found) == 1 else torch.cat(found)
+            yield logits
 
     def batch(self, ids: Sequence[int], caches: Sequence[KVCache]) -> Tensor:
         """Read one token into each of B caches, the weights once for ``most_tokens`` of them.

@@ -55,6 +55,7 @@ class PeakMemory:
 
     def __init__(self, device: str = "cpu") -> None:
         self.peak_bytes = 0
+        self._parts: list[PeakPart] = []
         self._device = device
         self._process = psutil.Process()
         self._ended = threading.Event()
@@ -76,14 +77,21 @@ class PeakMemory:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self._on_cuda:
-            import torch
-
-            self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
-        else:
-            self._look()
+        self._look()
+        if not self._on_cuda:
             self._ended.set()
             self._thread.join()
+
+    def part(self) -> PeakPart:
+        """Return the peak from now on, until it is ended; many can share one watch."""
+        made = PeakPart(self)
+        self._parts.append(made)
+        return made
+
+    def leave(self, part: PeakPart) -> None:
+        """End a part: what comes now is no more its own."""
+        self._look()
+        self._parts.remove(part)
 
     @property
     def _on_cuda(self) -> bool:
@@ -94,7 +102,27 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+        if self._on_cuda:
+            import torch
+
+            seen = torch.cuda.max_memory_allocated(self._device)
+        else:
+            seen = self._process.memory_info().rss
+        self.peak_bytes = max(self.peak_bytes, seen)
+        for one in tuple(self._parts):
+            one.peak_bytes = max(one.peak_bytes, seen)
+
+
+class PeakPart:
+    """The largest that a watch has seen since this was made."""
+
+    def __init__(self, whole: PeakMemory) -> None:
+        self.peak_bytes = 0
+        self._whole = whole
+
+    def end(self) -> None:
+        """Look once more, and no further."""
+        self._whole.leave(self)
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:

@@ -21,7 +21,8 @@ DEFINITIONS = {
     "Peak memory": "The largest resident set of the process that computed, watched at 100 Hz or "
     "more; on a GPU the largest allocation.",
     "MBU": "Memory bandwidth utilization: (weight bytes + cache bytes read per step) / TPOT, as a "
-    "share of the bandwidth that was measured on this machine.",
+    "share of the bandwidth that was measured on this machine. None for a text that was written "
+    "beside others: a step reads the weights for all of them.",
 }
 
 
@@ -61,6 +62,9 @@ def worked_mbu(numbers: Numbers) -> str:
 def how_in_words(how: Mapping[str, Any]) -> str:
     """Return what decoded a text, and what was left out on the way."""
     parts = [f"Decoded by {how['decoder']}"]
+    if others := how.get("most_others"):
+        texts = "one other text" if others == 1 else f"up to {shown.whole(others)} other texts"
+        parts.append(f"side by side with {texts}")
     if reused := how.get("reused_tokens"):
         parts.append(f"{shown.whole(reused)} prompt tokens known from the text before")
     if guessed := how.get("guessed_tokens"):

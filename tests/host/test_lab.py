@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +17,7 @@ from gptcore.lab import Lab, Snapshot
 from gptcore.records import Request, RunState, Sampling
 from gptcore.sampling import stages
 from gptcore.store import open_store
-from tests.tiny import tiny_checkpoint
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GPTLAB_DATA", str(tmp_path))
-    monkeypatch.setenv("GPTLAB_LOCKS", str(tmp_path / "locks"))
-    monkeypatch.delenv("GPTLAB_DATABASE_URL", raising=False)
-    tiny_checkpoint(tmp_path / "source" / "tiny")
-    return tmp_path
-
-
-@pytest.fixture
-def lab(home: Path) -> Iterator[Lab]:
-    with Lab.open(monitor=False) as opened:
-        ended = opened.wait(opened.add_model(home / "source" / "tiny", "tiny"), 30)
-        assert ended.run.state is RunState.DONE, ended.run.error
-        yield opened
-
-
-def until(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+from tests.host.conftest import until
 
 
 def started(lab: Lab, run_id: str) -> Snapshot:
@@ -83,7 +58,8 @@ def test_the_same_seed_gives_the_same_text_in_another_host(lab: Lab) -> None:
 
 
 def test_queued_runs_say_their_place_and_run_in_turn(lab: Lab) -> None:
-    first, second, third = (lab.generate(lab.variant("tiny"), LONG) for _ in range(3))
+    variants = (lab.variant("tiny", one) for one in ("fp32", "bf16", "int8"))
+    first, second, third = (lab.generate(one, LONG) for one in variants)
     started(lab, first)
     assert (lab.snapshot(second).place, lab.snapshot(third).place) == (1, 2)
     assert lab.queue() == (1, 2)
