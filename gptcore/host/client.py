@@ -130,6 +130,14 @@ class _Handed:
     """Whether the process said anything of it."""
     is_open: bool = False
     """Whether its variant is loaded and the device taken, so that others can join."""
+    is_over: bool = False
+    """Whether the process told its end, which is being taken in."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its process is gone, and did not tell its end before."""
+        gone = self.process is not None and self.process.poll() is not None
+        return gone and not self.is_over
 
 
 class HostClient:
@@ -295,7 +303,7 @@ class HostClient:
 
     def _gone(self) -> bool:
         """Whether a process is gone that had something to do."""
-        return any(_is_dead(one.process) for one in tuple(self._handed.values()))
+        return any(one.is_lost for one in tuple(self._handed.values()))
 
     def _try_to_start(self) -> str | None:
         """Start the process if there is none; return why it did not, where it did not."""
@@ -337,7 +345,7 @@ class HostClient:
         """
         time.sleep(LOOK_S)  # for what is still in the pipe
         with self._changed:
-            lost = [one for one in self._handed.values() if _is_dead(one.process)]
+            lost = [one for one in self._handed.values() if one.is_lost]
             for one in lost:
                 del self._handed[one.order.run_id]
             again = [
@@ -458,15 +466,15 @@ class HostClient:
                 live.logits = (tuple(message["ids"]), logits)
             saved = bool(message["saved"])
             with self._changed:
-                if self._handed.pop(handed.order.run_id, None) is None:
+                if handed.order.run_id not in self._handed:
                     return
-            live.end(run_from_json(message["run"]), lambda: self._on_ended(live, saved))
-            with self._changed:
-                self._changed.notify_all()
-
-
-def _is_dead(process: subprocess.Popen[bytes] | None) -> bool:
-    return process is not None and process.poll() is not None
+                handed.is_over = True
+            try:
+                live.end(run_from_json(message["run"]), lambda: self._on_ended(live, saved))
+            finally:
+                with self._changed:
+                    del self._handed[handed.order.run_id]
+                    self._changed.notify_all()
 
 
 def _close_quietly(pipe: IO[bytes] | None) -> None:

@@ -38,7 +38,7 @@ def add(lab: Lab, folder: Path) -> None:
     assert ended.run.state is RunState.DONE, ended.run.error
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

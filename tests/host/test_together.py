@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gptcore.catalogue import Catalogue
+from gptcore.host.lock import device_lock
 from gptcore.host.sitting import NO_ROOM, Job
 from gptcore.host.wire import READING
 from gptcore.host.worker import Watcher, Worker
@@ -34,6 +35,7 @@ from tests.tiny import tiny_checkpoint
 STEADY = "steady"
 """So deep that texts meet."""
 LAYERS = 30
+PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def steady(lab: Lab) -> Variant:
 
 
 def long(seed: int, **fields: Any) -> Request:
-    usual = {"prompt": "Once upon", "max_new_tokens": 1500, "ignore_eos": True, "seed": seed}
+    usual = {"prompt": "Once upon", "max_new_tokens": 1900, "ignore_eos": True, "seed": seed}
     return Request(**usual | fields)
 
 
@@ -70,34 +72,33 @@ def writing(lab: Lab, *runs: str) -> bool:
 def stopped(lab: Lab, *runs: str) -> list[Run]:
     for one in runs:
         lab.cancel(one)
-    return [lab.wait(one, 20).run for one in runs]
+    return [lab.wait(one, PATIENCE_S).run for one in runs]
 
 
 def test_three_sessions_write_at_once_what_each_writes_alone(lab: Lab, steady: Variant) -> None:
-    requests = [short(i, prompt=f"The fox {i} said", temperature=1.2) for i in range(3)]
-    before = [lab.wait(lab.generate(steady, one), 30) for one in requests]
-    blocker = lab.generate(steady, long(9))
-    until(lambda: writing(lab, blocker))
-    runs = [lab.generate(steady, one) for one in requests]
-    until(lambda: writing(lab, blocker, *runs))
-    assert lab.queue() == (4, 0)
-    after = [lab.wait(one, 30) for one in runs]
-    (rest,) = stopped(lab, blocker)
+    requests = [
+        short(i, prompt=f"The fox {i} said", temperature=1.2, max_new_tokens=300) for i in range(3)
+    ]
+    before = [lab.wait(lab.generate(steady, one), PATIENCE_S) for one in requests]
+    with device_lock("cpu", "test"):  # so that nobody is done before the others come
+        runs = [lab.generate(steady, one) for one in requests]
+        assert [lab.snapshot(one).place for one in runs[1:]] == [1, 2]
+    after = [lab.wait(one, PATIENCE_S) for one in runs]
     for one, other in zip(before, after, strict=True):
         assert other.run.state is RunState.DONE, other.run.error
+        assert len(one.tokens) == 300
         assert [t.id for t in other.tokens] == [t.id for t in one.tokens]
         assert other.run.text == one.run.text
         assert "most_others" not in one.run.result
-        assert other.run.result["most_others"] == 3
+        assert other.run.result["most_others"] == 2
         assert other.run.result["decoder"] == one.run.result["decoder"]
         numbers = other.run.numbers
         assert 0 < numbers.queue_s <= numbers.ttft_s < numbers.e2e_s
-        assert numbers.tpot_s == pytest.approx((numbers.e2e_s - numbers.ttft_s) / 119)
+        assert numbers.tpot_s == pytest.approx((numbers.e2e_s - numbers.ttft_s) / 299)
         assert numbers.mbu_ratio is None
+        assert numbers.peak_memory_bytes > 0
         assert lab._store.run(other.run.id).result == other.run.result
-        assert len(lab._store.tokens(other.run.id)) == 120
-    assert rest.state is RunState.CANCELLED
-    assert rest.result["most_others"] == 3
+        assert len(lab._store.tokens(other.run.id)) == 300
 
 
 def test_one_of_several_is_stopped_and_one_fails_and_the_others_go_on(
@@ -107,10 +108,10 @@ def test_one_of_several_is_stopped_and_one_fails_and_the_others_go_on(
     until(lambda: writing(lab, first, second))
     endless = Constraint(json_schema='{"$ref": "#"}')
     failing = lab.generate(steady, short(3, constraint=endless, ignore_eos=False))
-    failed = lab.wait(failing, 20).run
+    failed = lab.wait(failing, PATIENCE_S).run
     assert (failed.state, failed.error_kind) == (RunState.FAILED, "invalid_input")
     lab.cancel(first)
-    assert lab.wait(first, 10).run.state is RunState.CANCELLED
+    assert lab.wait(first, PATIENCE_S).run.state is RunState.CANCELLED
     assert writing(lab, second)
     known = len(lab.snapshot(second).tokens)
     until(lambda: len(lab.snapshot(second).tokens) > known)
@@ -118,26 +119,27 @@ def test_one_of_several_is_stopped_and_one_fails_and_the_others_go_on(
 
 
 def test_a_measurement_waits_for_the_texts_and_runs_alone(lab: Lab, steady: Variant) -> None:
-    before = [lab.generate(steady, short(i, max_new_tokens=300)) for i in range(3)]
-    until(lambda: writing(lab, *before))
     cell = Cell(prompt_tokens=16, new_tokens=8)
-    work = lab.start(
-        Bench(variant=steady, cells=(cell,), targets=("decode",), repetitions=2, seconds=0.0)
-    )
-    behind = lab.generate(steady, short(7))
-    assert (lab.snapshot(work).place, lab.snapshot(behind).place) == (1, 2)
-    seen = []
+    bench = Bench(variant=steady, cells=(cell,), targets=("decode",), repetitions=2, seconds=0.0)
+    with device_lock("cpu", "test"):
+        before = [lab.generate(steady, short(i)) for i in range(3)]
+        work = lab.start(bench)
+        behind = lab.generate(steady, short(7))
+        assert (lab.snapshot(work).place, lab.snapshot(behind).place) == (3, 4)
+    seen = {1}
     while not (found := lab.snapshot(behind).run).state.final:
-        seen.append(lab.queue()[0] if lab.snapshot(work).run.state is RunState.RUNNING else 1)
-        assert found.state is not RunState.FAILED, found.error
+        if lab.snapshot(work).run.state is RunState.RUNNING:
+            seen.add(lab.queue()[0])
         time.sleep(0.005)
-    assert set(seen) == {1}
-    measured = lab.wait(work, 20).run
+    measured = lab.wait(work, PATIENCE_S).run
+    assert found.state is RunState.DONE, found.error
     assert measured.state is RunState.DONE, measured.error
-    ends = [lab.wait(one, 20).run.ended_at for one in before]
-    assert measured.started_at >= max(ends)
-    assert lab.snapshot(behind).run.started_at >= measured.ended_at
-    assert "most_others" not in lab.snapshot(behind).run.result
+    texts = [lab.wait(one, PATIENCE_S).run for one in before]
+    assert seen == {1}
+    assert measured.started_at >= max(one.ended_at for one in texts)
+    assert found.started_at >= measured.ended_at
+    assert max(one.result["most_others"] for one in texts) == 2
+    assert "most_others" not in found.result
 
 
 def test_another_variant_waits_and_says_its_place(lab: Lab, steady: Variant) -> None:
@@ -145,12 +147,13 @@ def test_another_variant_waits_and_says_its_place(lab: Lab, steady: Variant) -> 
     until(lambda: writing(lab, *runs))
     other = lab.generate(lab.variant(STEADY, "bf16", threads=1), short(5))
     behind = lab.generate(steady, short(6))
+    assert lab.queue() == (2, 2)
     time.sleep(0.3)
     assert (lab.snapshot(other).place, lab.snapshot(behind).place) == (1, 2)
     assert lab.queue() == (2, 2)
     stopped(lab, *runs)
-    assert lab.wait(other, 30).run.state is RunState.DONE
-    assert lab.wait(behind, 30).run.state is RunState.DONE
+    assert lab.wait(other, PATIENCE_S).run.state is RunState.DONE
+    assert lab.wait(behind, PATIENCE_S).run.state is RunState.DONE
 
 
 def test_a_killed_host_fails_all_that_it_wrote_and_the_next_run_works(
@@ -161,12 +164,12 @@ def test_a_killed_host_fails_all_that_it_wrote_and_the_next_run_works(
     waiting = lab.generate(lab.variant("tiny"), short(4))
     os.kill(lab._host("cpu").pid, signal.SIGKILL)
     for one in runs:
-        ended = lab.wait(one, 10).run
+        ended = lab.wait(one, PATIENCE_S).run
         assert (ended.state, ended.error_kind) == (RunState.FAILED, "host_lost")
         assert "signal 9" in ended.error
         assert ended.text
         assert lab._store.run(one).state is RunState.FAILED
-    assert lab.wait(waiting, 30).run.state is RunState.DONE
+    assert lab.wait(waiting, PATIENCE_S).run.state is RunState.DONE
 
 
 class Heard:
