@@ -2,9 +2,9 @@
 
     python -m bench.estimates [--model smollm2-135m] [--only int8] [--threads 1]
 
-Bytes and peak are told by arithmetic, seconds by trying the passes on a few blocks of random
-weights; both as the page does it. Then the recipe is made of the real model. Each recipe has a
-process of its own, so that one's memory is not another's.
+Bytes and peak (beyond what the process held before) are told by arithmetic, seconds by trying the
+passes on a few blocks of random weights; both as the page does it. Then the recipe is made of the
+real model. Each recipe has a process of its own, so that one's memory is not another's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.decode import RESULTS, into_readme
 from gptcore.catalogue import Catalogue
@@ -64,13 +66,15 @@ def measured(model: str, recipe: str, threads: int) -> dict[str, Any]:
     run = Run(id=new_id(), kind=Estimate.kind, state=RunState.RUNNING, created_at=now())
     tried = worker.perform(run, Estimate(variant=variant), Watcher())
     assert tried.result is not None, tried.error
+    before = psutil.Process().memory_info().rss
     loaded = worker.load(variant, Watcher())
+    peak = loaded.passes_peak_bytes
     return {
         "recipe": recipe,
         "load": os.getloadavg()[0],
         "seconds": {"said": tried.result["seconds"], "taken": sum(loaded.passes_s.values())},
         "resident_bytes": {"said": said.weights_bytes_after, "taken": loaded.resident_bytes},
-        "peak_bytes": {"said": said.peak_bytes, "taken": loaded.passes_peak_bytes},
+        "peak_bytes": {"said": said.peak_bytes, "taken": peak - before if peak else None},
         "stored_bytes": stored_bytes(loaded.engine.model),
     }
 

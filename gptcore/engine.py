@@ -24,6 +24,7 @@ from torch import Tensor
 from gptcore.constraint import Guide
 from gptcore.errors import Cancelled, ContextOverflow, InvalidInput, NumericalError
 from gptcore.kernels.step import NativeStep, adopt, step_of
+from gptcore.linears.quantized import PackedLinear
 from gptcore.linears.wide import wide_products
 from gptcore.lookup import Lookup
 from gptcore.model import GPT, KVCache
@@ -109,6 +110,9 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, clock: Clock = time.monotonic) -> None:
         step = adopt(model)
+        for one in model.modules():
+            if isinstance(one, PackedLinear):
+                one.make_ready()
         self.decoder = step.name if isinstance(step, NativeStep) else f"torch: {step}"
         self.model = model
         self.tokenizer = tokenizer

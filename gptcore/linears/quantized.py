@@ -62,6 +62,9 @@ class PackedLinear(nn.Module):
         """Return the codes, scales and zeros that this layer was made of."""
         raise AssertionError(f"{type(self).__name__} does not give its numbers back")
 
+    def make_ready(self) -> None:
+        """Do now what the first use would otherwise have to wait for."""
+
     def dequantized(self) -> Tensor:
         """Return the weights that this layer computes with, (O, I) float32."""
         return self.numbers().dequantized()
@@ -94,18 +97,35 @@ class PackedLinear(nn.Module):
 
 
 class _PrepackedInt8(PackedLinear):
-    """8-bit numbers in the arrangement of torch's integer kernels for the CPU, out of its sight."""
+    """8-bit numbers in the arrangement of torch's integer kernels for the CPU, out of its sight.
+
+    Arranging them takes as long as reading them back, so that waits until the layer is used: our
+    own library takes the numbers over as they are.
+    """
 
     def __init__(self, numbers: Quantized, bias: Tensor | None) -> None:
         super().__init__(numbers, bias)
         choose_engine()
-        self.integers = prepacked(numbers)
+        self._waiting: Quantized | None = numbers
+        self._arranged: torch.ScriptObject | None = None
         self.packed_bytes += self.rows * (self.columns + INT8_ROW_BYTES)
         self.reduce_range = reduces_range()
 
+    @property
+    def integers(self) -> torch.ScriptObject:
+        """The numbers as torch's kernels read them."""
+        if self._arranged is None:
+            assert self._waiting is not None
+            self._arranged, self._waiting = prepacked(self._waiting), None
+        return self._arranged
+
     def numbers(self) -> Quantized:
         """Return the codes and scales that this layer was made of."""
-        return unprepacked(self.integers)
+        return self._waiting or unprepacked(self.integers)
+
+    def make_ready(self) -> None:
+        """Arrange the numbers now."""
+        assert self.integers is not None
 
 
 class Int8Linear(_PrepackedInt8):
@@ -116,13 +136,22 @@ class Int8Linear(_PrepackedInt8):
     """
 
     kind: ClassVar[str] = "int8_dynamic"
-    sums: Tensor
-    """(O,): the sum of each row's weights, which a shift of the activations is multiplied with."""
 
     def __init__(self, numbers: Quantized, bias: Tensor | None) -> None:
         super().__init__(numbers, bias)
+        self.packed_bytes += 4 * self.rows
+
+    @functools.cached_property
+    def sums(self) -> Tensor:
+        """(O,): each row's sum of weights, which a shift of the activations is multiplied with."""
+        numbers = self.numbers()
         codes = numbers.codes.sum(1, dtype=torch.float32) - 128 * self.columns
-        self._keep(sums=codes * numbers.scale[:, 0])
+        return codes * numbers.scale[:, 0]
+
+    def make_ready(self) -> None:
+        """Add up the rows, and arrange the numbers, now."""
+        assert len(self.sums) == self.rows
+        super().make_ready()
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) float32 -> (…, O) float32."""

@@ -335,15 +335,31 @@ def test_int8_takes_the_bytes_that_it_says() -> None:
     rows, columns = 8192, 6144
     codes = torch.randint(1, 256, (rows, columns), dtype=torch.uint8)
     numbers = Quantized(8, codes, torch.rand(rows, 1))
-    Int8Linear(numbers, None)  # the first call loads libraries
+    Int8Linear(numbers, None).make_ready()  # the first call loads libraries
     process = psutil.Process()
     trim_heap()
     before = process.memory_info().rss
     made = Int8Linear(numbers, None)
+    made.make_ready()
     trim_heap()
     grown = process.memory_info().rss - before
     assert made.packed_bytes == int8_bytes(rows, columns, False)
     assert 0.95 * made.packed_bytes < grown < 1.16 * made.packed_bytes
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_an_int8_layer_is_the_same_before_and_after_it_is_made_ready(ready: bool) -> None:
+    codes = torch.randint(1, 256, (24, 32), dtype=torch.uint8)
+    numbers = Quantized(8, codes, torch.rand(24, 1))
+    layer, x = Int8Linear(numbers, None), torch.randn(3, 32)
+    held = layer.packed_bytes
+    if ready:
+        layer.make_ready()
+    assert torch.equal(layer.numbers().codes, codes)
+    once = layer(x)
+    assert torch.equal(layer(x), once)
+    assert torch.equal(layer.numbers().codes, codes)
+    assert layer.packed_bytes == held
 
 
 class Tiles:
