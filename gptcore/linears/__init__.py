@@ -37,7 +37,8 @@ def stored_bytes(module: nn.Module) -> int:
     packed = 0
     for one in module.modules():
         if isinstance(one, Stored):
-            packed += sum(tensor.nbytes for tensor in one.stored().values())
+            known = getattr(one, "stored_bytes", None)
+            packed += known or sum(tensor.nbytes for tensor in one.stored().values())
             seen |= {p.data_ptr(): 0 for p in one.parameters(recurse=False)}
             continue
         for tensor in (*one.parameters(recurse=False), *one.buffers(recurse=False)):

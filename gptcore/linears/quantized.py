@@ -56,6 +56,8 @@ class PackedLinear(nn.Module):
         self.group = numbers.group
         self.packed_bytes = 0
         """What is held in memory."""
+        self.stored_bytes = numbers.stored_bytes + (0 if bias is None else bias.nbytes)
+        """What a file keeps: the bytes of ``stored``, without packing it."""
         self._keep(bias=bias)
 
     def numbers(self) -> Quantized:

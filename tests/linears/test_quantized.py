@@ -102,6 +102,7 @@ def test_a_layer_from_a_file_computes_the_same_to_the_last_bit(kind: str) -> Non
     layer = packed(kind, linear(83, 64))
     assert isinstance(layer, Stored)
     tensors = {name: one.clone() for name, one in layer.stored().items()}
+    assert layer.stored_bytes == sum(one.nbytes for one in tensors.values())
     settings = json.loads(json.dumps(layer.settings()))
     again = type(layer).restored(tensors, settings)
     for tokens in (1, 5, 100):
