@@ -20,17 +20,16 @@ from pages.parts.compare_quality import ADDRESS, quality
 from pages.parts.compare_state import (
     BATCHES,
     LETTERS,
-    RESULT,
+    MEASURED,
     Wanted,
     change,
     change_side,
     current,
-    said,
-    say,
     write_address,
 )
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import NAMED_PRECISIONS, bound
+from pages.parts.shown_run import phase
 from pages.parts.tokens import token_text
 
 TICK_S = 0.25
@@ -81,14 +80,14 @@ def write() -> None:
     runs: list[str] = []
     try:
         if not wanted.prompt.strip():
-            say("The prompt is empty: type some text.")
+            settings.say("The prompt is empty: type some text.")
             return
         for side, variant in zip(wanted.sides, wanted.variants(lab), strict=True):
             entry = entries.get(side.model)
             request = wanted.request(side, chat=bool(entry and entry.chat))
             runs.append(lab.generate(variant, request, session=settings.session_id()))
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
     if runs:
         st.session_state["compare_texts"] = tuple(runs)
 
@@ -99,9 +98,9 @@ def measure(noise: bool) -> None:
     try:
         run_id = lab.compare(current().work(lab, noise=noise))
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
         return
-    st.session_state["compare_run"] = run_id
+    MEASURED.open(run_id)
 
 
 def vote(left: Snapshot, right: Snapshot, choice: Choice) -> None:
@@ -119,7 +118,7 @@ def vote(left: Snapshot, right: Snapshot, choice: Choice) -> None:
             )
         )
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
         return
     st.session_state["voted"] = (left.run.id, right.run.id)
 
@@ -127,13 +126,6 @@ def vote(left: Snapshot, right: Snapshot, choice: Choice) -> None:
 def name_of(run: Run) -> str:
     """Return how a variant is called among the votes."""
     return f"{run.model} {run.precision} {run.device}"
-
-
-def close_result() -> None:
-    """Leave the result; it stays in the database under its link."""
-    errors.redraw()
-    st.session_state.pop("compare_run", None)
-    st.query_params.pop(RESULT, None)
 
 
 # What the page draws
@@ -219,7 +211,7 @@ def speed(lab: Lab, wanted: Wanted) -> None:
             "by arithmetic.",
         )
         with st.container(horizontal=True, vertical_alignment="center"):
-            busy = running(lab) is not None
+            busy = MEASURED.running(lab)
             st.button(
                 "Measure",
                 icon=":material/speed:",
@@ -244,35 +236,12 @@ def speed(lab: Lab, wanted: Wanted) -> None:
                 f":material/warning: {numbers} numbers are compared, so {wanted.max_pairs} pairs "
                 f"of blocks cannot give a verdict (Holm's correction): take at least {least}."
             )
-    run_id = st.session_state.get("compare_run") or st.query_params.get(RESULT)
-    if not run_id:
-        st.caption(
-            ":material/info: Nothing is measured yet. Press Measure: blocks of both sides are "
-            "timed in turn, and a verdict is given only where it can be defended."
-        )
-        return
-    if st.query_params.get(RESULT) != run_id:
-        st.query_params[RESULT] = run_id
-    found = lab.snapshot(run_id)
-    if found is None or found.run.kind not in (RunKind.COMPARE, RunKind.REGRESS):
-        st.warning(
-            f"There is no comparison {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, "
-            "or belongs to another database.",
-            icon=":material/search_off:",
-        )
-        st.button("Close", on_click=close_result)
-        return
-    active = not found.run.state.final
-    st.fragment(errors.guarded(comparison), run_every=TICK_S if active else None)(
-        lab, run_id, active
+    MEASURED.draw(
+        lab,
+        comparison,
+        empty="Nothing is measured yet. Press Measure: blocks of both sides are timed in turn, and "
+        "a verdict is given only where it can be defended.",
     )
-
-
-def running(lab: Lab) -> str | None:
-    """Return the comparison that this session has started and that has not ended."""
-    run_id: str | None = st.session_state.get("compare_run")
-    found = lab.snapshot(run_id) if run_id else None
-    return run_id if found and not found.run.state.final else None
 
 
 def noise_badge(lab: Lab) -> None:
@@ -290,20 +259,9 @@ def noise_badge(lab: Lab) -> None:
     )
 
 
-def comparison(lab: Lab, run_id: str, was_active: bool) -> None:
-    """Draw a comparison while it is measured, and its verdict."""
-    found = lab.snapshot(run_id)
-    if found is None:
-        return
+def comparison(lab: Lab, found: Snapshot) -> None:
+    """Draw what a comparison has found so far, and its verdict."""
     run = found.run
-    if was_active and run.state.final:
-        st.rerun()
-    if not run.state.final:
-        with st.container(border=True, horizontal=True, vertical_alignment="center"):
-            st.progress(found.progress or 0.0, text=_phase(found))
-            st.button("Stop", icon=":material/stop:", on_click=lab.cancel, args=(run_id,))
-    elif run.state is not RunState.DONE:
-        errors.show(run.error or f"The comparison ended: {run.state}.")
     result = run.result
     if not result or not result["comparisons"]:
         if run.state.final and result:
@@ -324,13 +282,6 @@ def comparison(lab: Lab, run_id: str, was_active: bool) -> None:
     details(result)
     if run.state.final:
         conditions(lab, run, result)
-
-
-def _phase(found: Snapshot) -> str:
-    if found.place is not None:
-        return f"Waiting, place {found.place} in the queue"
-    share = f", {shown.share(found.progress)}" if found.progress else ""
-    return shown.escaped(found.phase[:1].upper() + found.phase[1:]) + share
 
 
 def verdicts(result: Mapping[str, Any], *, final: bool) -> None:
@@ -425,7 +376,7 @@ def conditions(lab: Lab, run: Run, result: Mapping[str, Any]) -> None:
             icon=":material/download:",
             help="One file that opens without a network.",
         )
-        st.button("Close", on_click=close_result, help="It stays in the database under its link.")
+        st.button("Close", on_click=MEASURED.close, help="It stays in the database under its link.")
         st.caption(
             "The address of this page leads back to this result, which will not change.",
             width="content",
@@ -503,7 +454,7 @@ def written(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
             if run.state in (RunState.FAILED, RunState.INTERRUPTED):
                 errors.show(run.error or str(run.state))
             elif not run.state.final:
-                st.caption(_phase(one))
+                st.caption(phase(one))
             if one is not base and run.state is base.run.state is RunState.DONE:
                 st.caption(divergence_in_words(apart, len(one.tokens)))
             numbers = run.numbers
@@ -681,12 +632,12 @@ def draw() -> None:
             on_click=add_side,
             disabled=len(wanted.sides) >= len(LETTERS),
         )
-    if problem := said():
+    for problem in settings.said():
         errors.show(problem)
     sides(lab, wanted)
     view = {"Speed": speed, "Quality": quality, "Texts": texts, "Blind vote": blind}
     view[st.session_state["compare_view"]](lab, wanted)
-    write_address(current())
+    write_address()
 
 
 draw()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import streamlit as st
 
 from gptcore.errors import GptcoreError
-from gptcore.lab import Lab
+from gptcore.lab import Lab, Snapshot
 from gptcore.records import RunState
 from pages.parts import errors, explain_state, explain_step, explain_views, settings
 from pages.parts import format as shown
-from pages.parts.explain_looks import TICK_S, finished, progress
+from pages.parts.explain_looks import looked
 from pages.parts.explain_state import LONG_TEXT, VIEWS, Wanted, change, current, look
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import NAMED_PRECISIONS, bound
@@ -142,11 +143,7 @@ def outcome(lab: Lab, wanted: Wanted) -> None:
     if run_id is None:
         st.caption(":material/info: Nothing is looked at yet. Press Look.")
         return
-    found = finished(lab, run_id)
-    st.fragment(errors.guarded(drawn), run_every=None if found else TICK_S)(
-        lab, wanted.view, run_id, found is None
-    )
-    if found is None:
+    if looked(lab, run_id, partial(drawn, wanted.view)):
         before(lab, wanted.view)
 
 
@@ -163,23 +160,9 @@ def before(lab: Lab, view: str) -> None:
         explain_views.VIEWS[view](found.run.result, found.run)
 
 
-def drawn(lab: Lab, view: str, run_id: str, was_active: bool) -> None:
-    """Draw a look; a fragment that runs again until the look has ended."""
-    found = lab.snapshot(run_id)
-    if found is None:
-        st.caption("This look is no longer known: press Look again.")
-        return
+def drawn(view: str, lab: Lab, found: Snapshot) -> None:
+    """Draw what a look has found."""
     run = found.run
-    if explain_state.run_id(view) != run_id or (was_active and run.state.final):
-        st.rerun()
-    if not run.state.final:
-        progress(lab, found)
-    elif run.state is RunState.CANCELLED:
-        st.info("Stopped. What was found until then is kept.", icon=":material/stop_circle:")
-    elif run.state is not RunState.DONE:
-        errors.show(run.error or f"The look ended: {run.state}.")
-    if found.problem:
-        st.warning(shown.escaped(found.problem), icon=":material/warning:")
     result = run.result
     if not result:
         return
@@ -218,7 +201,7 @@ def drawn(lab: Lab, view: str, run_id: str, was_active: bool) -> None:
 lab = shared_lab()
 explain_state.take_run_from_address(lab)
 wanted = current()
-explain_state.write_address(wanted)
+explain_state.write_address()
 header(wanted)
 text_field(lab, wanted)
 for problem in settings.said():

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Literal
 
 import streamlit as st
 from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
-from gptcore.lab import Lab
-from gptcore.records import RunState
+from gptcore.lab import Lab, Snapshot
 from pages.parts import errors, in_context_state, in_context_views, settings
 from pages.parts import format as shown
-from pages.parts.explain_looks import TICK_S, finished, progress
+from pages.parts.explain_looks import looked
 from pages.parts.in_context_state import RULES, VIEWS, Wanted, change, current, start
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import bound
@@ -221,29 +221,12 @@ def outcome(lab: Lab, view: str) -> None:
     if run_id is None:
         st.caption(":material/info: Nothing has run yet. Press Run.")
         return
-    found = finished(lab, run_id)
-    st.fragment(errors.guarded(drawn), run_every=None if found else TICK_S)(
-        lab, view, run_id, found is None
-    )
+    looked(lab, run_id, partial(drawn, view))
 
 
-def drawn(lab: Lab, view: str, run_id: str, was_active: bool) -> None:
-    """Draw a run; a fragment that runs again until the run has ended."""
-    found = lab.snapshot(run_id)
-    if found is None:
-        st.caption("This run is no longer known: press Run again.")
-        return
+def drawn(view: str, lab: Lab, found: Snapshot) -> None:
+    """Draw what a run has found."""
     run = found.run
-    if was_active and run.state.final:
-        st.rerun()
-    if not run.state.final:
-        progress(lab, found)
-    elif run.state is RunState.CANCELLED:
-        st.info("Stopped. What was found until then is kept.", icon=":material/stop_circle:")
-    elif run.state is not RunState.DONE:
-        errors.show(run.error or f"The run ended: {run.state}.")
-    if found.problem:
-        st.warning(shown.escaped(found.problem), icon=":material/warning:")
     if not run.result:
         return
     result = run.result
@@ -265,7 +248,7 @@ def drawn(lab: Lab, view: str, run_id: str, was_active: bool) -> None:
 lab = shared_lab()
 in_context_state.take_run_from_address(lab)
 wanted = current()
-in_context_state.write_address(wanted)
+in_context_state.write_address()
 header(wanted)
 with st.container(border=True):
     st.caption(ABOUT[wanted.view])

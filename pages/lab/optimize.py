@@ -36,14 +36,12 @@ from pages.parts.optimize_state import (
     current,
     estimate_of,
     free_name,
-    said,
-    say,
     write_address,
 )
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import bound
+from pages.parts.shown_run import follow
 
-TICK_S = 0.4
 VIEWS = ("Proof", "All variants")
 MOST_DOWNLOADED = 512 * 2**20
 """A larger file is left where it lies."""
@@ -67,7 +65,7 @@ def take_goal(name: str) -> None:
     try:
         change(goals=Goals.model_validate(goals))
     except ValidationError as error:
-        say(errors.sentence(error, Goals))
+        settings.say(errors.sentence(error, Goals))
 
 
 def take_field(index: int, key: str, name: str) -> None:
@@ -77,7 +75,7 @@ def take_field(index: int, key: str, name: str) -> None:
     try:
         chosen[index] = pass_from_json(value)
     except GptcoreError as error:
-        say(str(error))
+        settings.say(str(error))
         return
     change_recipe(chosen)
 
@@ -97,7 +95,7 @@ def add_pass() -> None:
     try:
         change(recipe=current().recipe.then(passes()[name]()))
     except ValidationError as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
     st.session_state["new_pass"] = None
 
 
@@ -123,17 +121,9 @@ def start() -> None:
         work = draft.work(lab)
         run_id = lab.optimize(work) if isinstance(work, Optimize) else lab.prove(work)
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
         return
-    st.session_state["optimize_run"] = run_id
-    st.query_params[PROOF] = run_id
-
-
-def close_card() -> None:
-    """Leave the card; it stays in the database under its link."""
-    errors.redraw()
-    st.session_state.pop("optimize_run", None)
-    st.query_params.pop(PROOF, None)
+    PROOF.open(run_id)
 
 
 def carry(name: str) -> None:
@@ -148,7 +138,7 @@ def carry(name: str) -> None:
         )
         st.session_state["export_run"] = lab.start(work)
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
 
 
 def use(name: str) -> None:
@@ -270,7 +260,7 @@ def before(lab: Lab, draft: Draft, variant: Variant | None) -> None:
             icon=":material/bolt:",
             type="primary",
             on_click=start,
-            disabled=stopped is not None or running(lab) is not None,
+            disabled=stopped is not None or PROOF.running(lab),
         )
         if stopped and variant is not None:
             st.error(shown.escaped(stopped), icon=":material/block:")
@@ -305,58 +295,25 @@ def _time(lab: Lab, variant: Variant) -> None:
     )
 
 
-def running(lab: Lab) -> str | None:
-    """Return the run of this page that has not ended."""
-    run_id: str | None = st.session_state.get("optimize_run")
-    found = lab.snapshot(run_id) if run_id else None
-    return run_id if found and not found.run.state.final else None
-
-
 def proof(lab: Lab) -> None:
     """Draw the run that is shown: its progress, then its card."""
-    run_id = st.session_state.get("optimize_run") or st.query_params.get(PROOF)
-    if not run_id:
-        st.caption(
-            ":material/info: Nothing is shown yet. Press Optimize: the variant is made, kept in "
-            "the catalogue, and held against the model it came from."
-        )
-        return
-    run_id = run_id[: settings.ID_CHARS]
-    if st.query_params.get(PROOF) != run_id:
-        st.query_params[PROOF] = run_id
-    found = lab.snapshot(run_id)
-    if found is None or found.run.kind not in (RunKind.OPTIMIZE, RunKind.PROVE):
-        st.warning(
-            f"There is no proof {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, or "
-            "belongs to another database.",
-            icon=":material/search_off:",
-        )
-        st.button("Close", on_click=close_card)
-        return
-    active = not found.run.state.final
-    st.fragment(errors.guarded(_proof), run_every=TICK_S if active else None)(lab, run_id, active)
+    PROOF.draw(
+        lab,
+        _proof,
+        empty="Nothing is shown yet. Press Optimize: the variant is made, kept in the catalogue, "
+        "and held against the model it came from.",
+    )
 
 
-def _proof(lab: Lab, run_id: str, was_active: bool) -> None:
-    found = lab.snapshot(run_id)
-    if found is None:
-        return
+def _proof(lab: Lab, found: Snapshot) -> None:
     run = found.run
-    if was_active and run.state.final:
-        st.rerun()
-    if not run.state.final:
-        with st.container(border=True, horizontal=True, vertical_alignment="center"):
-            st.progress(found.progress or 0.0, text=_phase(found))
-            st.button("Stop", icon=":material/stop:", on_click=lab.cancel, args=(run_id,))
-    elif run.state is not RunState.DONE:
-        errors.show(run.error or f"The run ended: {run.state}.")
     made(run)
     card = card_of(run)
     if card is not None:
-        proof_card.draw(card, final=run.state.final, key=f"card_{run_id}")
+        proof_card.draw(card, final=run.state.final, key=f"card_{run.id}")
     if run.state.final:
         with st.container(horizontal=True):
-            st.button("Close", on_click=close_card, help="It stays under its link.")
+            st.button("Close", on_click=PROOF.close, help="It stays under its link.")
             st.page_link(links.HISTORY, label="History", icon=":material/history:")
             sides = sides_of(run)
             if sides and st.button(
@@ -429,38 +386,22 @@ def _export_form(name: str) -> None:
     )
 
 
-def exported(lab: Lab) -> None:
-    """Draw the export that goes on, or what it wrote."""
-    run_id = st.session_state.get("export_run")
-    found = lab.snapshot(run_id) if run_id else None
-    if found is None:
-        return
+def exported(lab: Lab, found: Snapshot) -> None:
+    """Draw what an export wrote."""
     run = found.run
-    if not run.state.final:
-        st.progress(found.progress or 0.0, text=_phase(found))
-    elif run.result and run.state is RunState.DONE:
-        path = Path(run.result["path"])
-        with st.container(border=True, horizontal=True, vertical_alignment="center"):
-            st.markdown(
-                f":material/output: {shown.escaped(path.name)}, {shown.size(run.result['bytes'])}, "
-                "in `data/exports`",
-                width="stretch",
-            )
-            if path.is_file() and run.result["bytes"] <= MOST_DOWNLOADED:
-                st.download_button(
-                    "Download", path.read_bytes, path.name, icon=":material/download:"
-                )
-        if run.result["note"]:
-            st.caption(shown.escaped(run.result["note"]))
-    else:
-        errors.show(run.error or f"The export ended: {run.state}.")
-
-
-def _phase(found: Snapshot) -> str:
-    if found.place is not None:
-        return f"Waiting, place {found.place} in the queue"
-    share = f", {shown.share(found.progress)}" if found.progress else ""
-    return shown.escaped(found.phase[:1].upper() + found.phase[1:]) + share
+    if not run.result or run.state is not RunState.DONE:
+        return
+    path = Path(run.result["path"])
+    with st.container(border=True, horizontal=True, vertical_alignment="center"):
+        st.markdown(
+            f":material/output: {shown.escaped(path.name)}, {shown.size(run.result['bytes'])}, "
+            "in `data/exports`",
+            width="stretch",
+        )
+        if path.is_file() and run.result["bytes"] <= MOST_DOWNLOADED:
+            st.download_button("Download", path.read_bytes, path.name, icon=":material/download:")
+    if run.result["note"]:
+        st.caption(shown.escaped(run.result["note"]))
 
 
 def everything(lab: Lab) -> None:
@@ -504,7 +445,7 @@ st.caption(
     "Make the model cheaper, then see proof: speed, memory, size, energy and quality of the "
     "variant against the model it came from, measured in turn."
 )
-for problem in said():
+for problem in settings.said():
     errors.show(problem)
 variant: Variant | None
 try:
@@ -524,10 +465,8 @@ with left:
     recipe_form(lab, draft, variant)
 with right:
     before(lab, draft, variant)
-going = lab.snapshot(st.session_state.get("export_run") or "")
-st.fragment(
-    errors.guarded(exported), run_every=1.0 if going and not going.run.state.final else None
-)(lab)
+if export := st.session_state.get("export_run"):
+    follow(lab, export, exported)
 view = st.segmented_control("View", VIEWS, default=VIEWS[0], label_visibility="collapsed")
 if view == VIEWS[1]:
     everything(lab)

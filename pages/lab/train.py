@@ -13,12 +13,13 @@ from gptcore.lab import Event, Lab, Noted, Order, Snapshot, Stepped, Training, V
 from gptcore.records import Run, RunKind, RunState
 from pages.parts import errors, pass_form, settings, train_charts
 from pages.parts import format as shown
+from pages.parts.kept import Kept
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import bound
+from pages.parts.shown_run import PAUSE, Shown
 
 TICK_S = 1.0
-RUN = "training"
-"""The name in the address of the training that is shown."""
+TRAINING = Shown("train_run", "training", "training", (RunKind.TRAIN,))
 CORPUS = "the corpus that ships"
 FIRST = ("steps", "batch", "learning_rate", "precision", "validate_every", "sample_tokens")
 """Settings that stand in sight; the others are a click away."""
@@ -28,32 +29,11 @@ STARTING = Order(
 )
 
 
-def current() -> Order:
-    """Return the session's order."""
-    kept: Order = st.session_state.setdefault("train_order", STARTING)
-    return kept
-
-
-def said() -> list[str]:
-    """Return the sentences that were kept, once."""
-    found: list[str] = st.session_state.pop("train_said", [])
-    return found
-
-
-def say(problem: str) -> None:
-    """Keep a sentence that the next run of the script shows."""
-    st.session_state.setdefault("train_said", []).append(problem)
+_kept = Kept(Order, key="train_order", address=None, what="order", start=lambda: STARTING)
+current, change = _kept.current, _kept.change
 
 
 # What a click does
-
-
-def change(**values: Any) -> None:
-    """Change some of the order; what is not allowed is said, and changes nothing."""
-    try:
-        st.session_state["train_order"] = Order.model_validate({**dict(current()), **values})
-    except ValidationError as error:
-        say(errors.sentence(error, Order))
 
 
 def take_setting(key: str, name: str) -> None:
@@ -65,7 +45,7 @@ def take_setting(key: str, name: str) -> None:
     try:
         change(settings=Training.model_validate({**known, name: value}))
     except ValidationError as error:
-        say(errors.sentence(error, Training))
+        settings.say(errors.sentence(error, Training))
 
 
 def take_field(key: str, name: str) -> None:
@@ -83,7 +63,7 @@ def take_text() -> None:
     try:
         change(text=str(shared_lab().text_file(name)))
     except GptcoreError as error:
-        say(str(error))
+        settings.say(str(error))
 
 
 def upload() -> None:
@@ -95,7 +75,7 @@ def upload() -> None:
     try:
         change(text=str(lab.text_file(lab.add_text(name, file.getvalue()))))
     except GptcoreError as error:
-        say(str(error))
+        settings.say(str(error))
 
 
 def start() -> None:
@@ -103,7 +83,7 @@ def start() -> None:
     lab, chosen = shared_lab(), settings.current()
     order = current()
     if not order.text and not lab.has_corpus():
-        say("There is nothing to learn from: add a text first.")
+        settings.say("There is nothing to learn from: add a text first.")
         return
     if not order.text and order.tokenizer == "char":  # the corpus has an end of text to learn
         order = order.model_copy(update={"tokenizer": "bpe"})
@@ -116,10 +96,9 @@ def start() -> None:
             minutes=st.session_state.get("train_minutes"),
         )
     except GptcoreError as error:
-        say(str(error))
+        settings.say(str(error))
         return
-    st.session_state["train_run"] = run_id
-    st.query_params[RUN] = run_id
+    TRAINING.open(run_id)
 
 
 def go_on(run_id: str) -> None:
@@ -128,10 +107,9 @@ def go_on(run_id: str) -> None:
     try:
         fresh = shared_lab().train_on(run_id)
     except GptcoreError as error:
-        say(str(error))
+        settings.say(str(error))
         return
-    st.session_state["train_run"] = fresh
-    st.query_params[RUN] = fresh
+    TRAINING.open(fresh)
 
 
 def use(name: str) -> None:
@@ -186,49 +164,30 @@ def order_form(lab: Lab, order: Order) -> None:
         form(order.settings, rest, "training", take_setting)
 
 
-def running(lab: Lab) -> str | None:
-    """Return the training of this page that has not ended."""
-    run_id: str | None = st.session_state.get("train_run")
-    found = lab.snapshot(run_id) if run_id else None
-    return run_id if found and not found.run.state.final else None
-
-
 def training(lab: Lab) -> None:
     """Draw the training that is shown."""
-    run_id = st.session_state.get("train_run") or st.query_params.get(RUN)
-    if not run_id:
-        last = lab.runs(kind=RunKind.TRAIN, limit=1)
-        run_id = last[0].id if last else None
-    if not run_id:
-        st.caption(
-            ":material/info: Nothing was trained yet. A small GPT that writes like the text takes "
-            "minutes on a CPU; it goes on when this page is left, and yields to generations."
-        )
-        return
-    run_id = run_id[: settings.ID_CHARS]
-    found = lab.snapshot(run_id)
-    if found is None or found.run.kind is not RunKind.TRAIN:
-        st.warning(
-            f"There is no training {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, or "
-            "belongs to another database.",
-            icon=":material/search_off:",
-        )
-        return
-    active = not found.run.state.final
-    st.fragment(errors.guarded(_training), run_every=TICK_S if active else None)(
-        lab, run_id, active
+    last = lab.runs(kind=RunKind.TRAIN, limit=1)
+    TRAINING.draw(
+        lab,
+        _training,
+        empty="Nothing was trained yet. A small GPT that writes like the text takes minutes on a "
+        "CPU; it goes on when this page is left, and yields to generations.",
+        tick_s=TICK_S,
+        stop=PAUSE,
+        ended=_ended,
+        otherwise=last[0].id if last else None,
     )
 
 
-def _training(lab: Lab, run_id: str, was_active: bool) -> None:
-    found = lab.snapshot(run_id)
-    if found is None:
-        return
+def _training(lab: Lab, found: Snapshot) -> None:
     run = found.run
-    if was_active and run.state.final:
-        st.rerun()
-    with st.container(border=True, horizontal=True, vertical_alignment="center"):
-        _state(lab, run, found)
+    if run.state is RunState.DONE:
+        with st.container(border=True, horizontal=True, vertical_alignment="center"):
+            st.markdown(
+                f":material/check_circle: **{shown.escaped(run.model)}** is in the catalogue.",
+                width="stretch",
+            )
+            st.button("Use it", icon=":material/check:", on_click=use, args=(run.model,))
     events = lab.training_events(run)
     steps = [one for one in events if isinstance(one, Stepped)]
     if not steps:
@@ -260,18 +219,12 @@ def _training(lab: Lab, run_id: str, was_active: bool) -> None:
         st.text(one.sample)
 
 
-def _state(lab: Lab, run: Run, found: Snapshot) -> None:
-    name = shown.escaped(run.model)
-    if not run.state.final:
-        st.progress(found.progress or 0.0, text=shown.escaped(f"{run.model}: {found.phase}"))
-        st.button("Pause", icon=":material/pause:", on_click=lab.cancel, args=(run.id,))
-        return
-    if run.state is RunState.DONE:
-        st.markdown(f":material/check_circle: **{name}** is in the catalogue.", width="stretch")
-        st.button("Use it", icon=":material/check:", on_click=use, args=(run.model,))
-        return
-    st.markdown(shown.escaped(run.error or f"The training ended: {run.state}."), width="stretch")
-    st.button("Go on", icon=":material/play_arrow:", on_click=go_on, args=(run.id,))
+def _ended(run: Run) -> None:
+    with st.container(border=True, horizontal=True, vertical_alignment="center"):
+        st.markdown(
+            shown.escaped(run.error or f"The training ended: {run.state}."), width="stretch"
+        )
+        st.button("Go on", icon=":material/play_arrow:", on_click=go_on, args=(run.id,))
 
 
 def numbers(events: Sequence[Event]) -> None:
@@ -309,7 +262,7 @@ lab = shared_lab()
 order = current()
 st.title("Train")
 st.caption("Make a GPT of your own from a text, and watch it learn to write.")
-for problem in said():
+for problem in settings.said():
     errors.show(problem)
 left, right = st.columns([5, 6])
 with left:
@@ -326,7 +279,7 @@ with left:
         icon=":material/model_training:",
         type="primary",
         on_click=start,
-        disabled=running(lab) is not None,
+        disabled=TRAINING.running(lab),
     )
 with right:
     training(lab)

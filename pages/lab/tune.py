@@ -25,19 +25,19 @@ from gptcore.lab import (
 from gptcore.optimize.spaces import NAMES, SPACES
 from gptcore.passes.registry import passes
 from gptcore.recipe import Recipe
-from gptcore.records import Run, RunKind, RunState
+from gptcore.records import Run
 from pages.parts import errors, links, settings, tune_charts
 from pages.parts import format as shown
+from pages.parts.optimize_state import PROOF
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import bound
+from pages.parts.shown_run import PAUSE
 from pages.parts.tune_state import (
     STUDY,
     Draft,
     change,
     current,
     knob_of,
-    said,
-    say,
     searchable,
     write_address,
 )
@@ -69,7 +69,7 @@ def take_limit(name: str) -> None:
     try:
         change(limits=Limits.model_validate(found))
     except ValidationError as error:
-        say(errors.sentence(error, Limits))
+        settings.say(errors.sentence(error, Limits))
 
 
 def take_knob(index: int, key: str) -> None:
@@ -85,7 +85,7 @@ def take_knob(index: int, key: str) -> None:
             low, high = value
             knobs[index] = Knob.model_validate({**one.model_dump(), "low": low, "high": high})
     except ValidationError as error:
-        say(errors.sentence(error, Knob))
+        settings.say(errors.sentence(error, Knob))
         return
     change(knobs=tuple(knobs))
 
@@ -94,7 +94,7 @@ def remove_knob(index: int) -> None:
     """Leave a setting out of the search."""
     knobs = list(current().searched(shared_lab()))
     if len(knobs) == 1:
-        say("A search needs one setting at least: add another one first.")
+        settings.say("A search needs one setting at least: add another one first.")
         return
     del knobs[index]
     change(knobs=tuple(knobs))
@@ -119,10 +119,9 @@ def start() -> None:
     try:
         run_id = lab.start(current().work(lab))
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error, Tune))
+        settings.say(errors.sentence(error, Tune))
         return
-    st.session_state["tune_run"] = run_id
-    st.query_params[STUDY] = run_id
+    STUDY.open(run_id)
 
 
 def go_on(run: Run) -> None:
@@ -132,10 +131,9 @@ def go_on(run: Run) -> None:
     try:
         run_id = lab.again(run.id)
     except GptcoreError as error:
-        say(str(error))
+        settings.say(str(error))
         return
-    st.session_state["tune_run"] = run_id
-    st.query_params[STUDY] = run_id
+    STUDY.open(run_id)
 
 
 def make(run: Run, trial: Mapping[str, Any]) -> None:
@@ -156,9 +154,9 @@ def make(run: Run, trial: Mapping[str, Any]) -> None:
         )
         run_id = lab.optimize(Optimize(variant=variant, name=name, proof=proof))
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
         return
-    st.session_state["optimize_run"] = run_id
+    PROOF.open(run_id)
     st.session_state["tune_made"] = run_id
 
 
@@ -300,66 +298,33 @@ def goals_form(lab: Lab, draft: Draft) -> None:
             icon=":material/manage_search:",
             type="primary",
             on_click=start,
-            disabled=running(lab) is not None,
+            disabled=STUDY.running(lab),
         )
-
-
-def running(lab: Lab) -> str | None:
-    """Return the search of this page that has not ended."""
-    run_id: str | None = st.session_state.get("tune_run")
-    found = lab.snapshot(run_id) if run_id else None
-    return run_id if found and not found.run.state.final else None
 
 
 def search(lab: Lab) -> None:
     """Draw the search that is shown."""
-    run_id = st.session_state.get("tune_run") or st.query_params.get(STUDY)
-    if not run_id:
-        st.caption(
-            ":material/info: Nothing is searched yet. Press Search: every trial makes a variant, "
-            "measures it and lets it go, in the background; the page can be left."
-        )
-        return
-    run_id = run_id[: settings.ID_CHARS]
-    found = lab.snapshot(run_id)
-    if found is None or found.run.kind is not RunKind.TUNE:
-        st.warning(
-            f"There is no search {shown.escaped(shown.one_line(run_id, 40))}; it was deleted, or "
-            "belongs to another database.",
-            icon=":material/search_off:",
-        )
-        return
-    if st.query_params.get(STUDY) != run_id:
-        st.query_params[STUDY] = run_id
-    active = not found.run.state.final
-    st.fragment(errors.guarded(_search), run_every=TICK_S if active else None)(lab, run_id, active)
+    STUDY.draw(
+        lab,
+        _search,
+        empty="Nothing is searched yet. Press Search: every trial makes a variant, measures it "
+        "and lets it go, in the background; the page can be left.",
+        tick_s=TICK_S,
+        stop=PAUSE,
+        ended=_ended,
+    )
 
 
-def _search(lab: Lab, run_id: str, was_active: bool) -> None:
-    found = lab.snapshot(run_id)
-    if found is None:
-        return
+def _search(lab: Lab, found: Snapshot) -> None:
     run = found.run
-    if was_active and run.state.final:
-        st.rerun()
-    if not run.state.final:
-        with st.container(border=True, horizontal=True, vertical_alignment="center"):
-            st.progress(found.progress or 0.0, text=_phase(found))
-            st.button("Pause", icon=":material/pause:", on_click=lab.cancel, args=(run_id,))
-    elif run.state is not RunState.DONE:
-        with st.container(border=True, horizontal=True, vertical_alignment="center"):
-            st.markdown(
-                shown.escaped(run.error or f"The search ended: {run.state}."), width="stretch"
-            )
-            st.button("Go on", icon=":material/play_arrow:", on_click=go_on, args=(run,))
     if run.result and run.result["trials"]:
         _results(run, run.result)
 
 
-def _phase(found: Snapshot) -> str:
-    if found.place is not None:
-        return f"Waiting, place {found.place} in the queue"
-    return shown.escaped(found.phase[:1].upper() + found.phase[1:])
+def _ended(run: Run) -> None:
+    with st.container(border=True, horizontal=True, vertical_alignment="center"):
+        st.markdown(shown.escaped(run.error or f"The search ended: {run.state}."), width="stretch")
+        st.button("Go on", icon=":material/play_arrow:", on_click=go_on, args=(run,))
 
 
 def _results(run: Run, result: Mapping[str, Any]) -> None:
@@ -455,7 +420,7 @@ st.caption(
     "Let a search choose the settings of a recipe: it tries, measures, learns what matters, and "
     "keeps to the limits you give."
 )
-for problem in said():
+for problem in settings.said():
     errors.show(problem)
 left, right = st.columns([5, 6])
 with left:

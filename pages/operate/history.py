@@ -86,7 +86,7 @@ def annotate(run_id: str, name: str, key: str) -> None:
     try:
         shared_lab().annotate(run_id, **{name: tuple(value) if name == "tags" else value})
     except GptcoreError as error:
-        st.session_state["history_said"] = errors.sentence(error)
+        settings.say(errors.sentence(error))
 
 
 def again(run_id: str) -> None:
@@ -94,7 +94,7 @@ def again(run_id: str) -> None:
     try:
         new = shared_lab().again(run_id)
     except GptcoreError as error:
-        st.session_state["history_said"] = errors.sentence(error)
+        settings.say(errors.sentence(error))
         return
     st.session_state["history_said_well"] = f"Run {new} was queued; it is linked to {run_id}."
 
@@ -107,9 +107,9 @@ def regress(run_id: str, accepted: Sequence[str]) -> None:
         work = lab.regression(run_id, variant, tuple(accepted))
         new = lab.start(work)
     except (GptcoreError, ValidationError) as error:
-        st.session_state["history_said"] = errors.sentence(error)
+        settings.say(errors.sentence(error))
         return
-    st.session_state["history_measuring"] = st.session_state["compare_run"] = new
+    st.session_state["history_measuring"] = new
 
 
 def use_question() -> None:
@@ -254,7 +254,7 @@ def carried(lab: Lab, chosen: Sequence[str]) -> None:
             try:
                 new, known = lab.import_runs(file.getvalue())
             except GptcoreError as error:
-                st.session_state["history_said"] = errors.sentence(error)
+                settings.say(errors.sentence(error))
             else:
                 st.session_state["history_said_well"] = (
                     f"{new} runs were brought in; {known} were here already."
@@ -591,7 +591,7 @@ def draw() -> None:
     if new := st.session_state.pop("history_measuring", None):
         st.switch_page(COMPARE, query_params={"result": new})
     st.title("History")
-    if problem := st.session_state.pop("history_said", None):
+    for problem in settings.said():
         errors.show(problem)
     if well := st.session_state.pop("history_said_well", None):
         st.success(shown.escaped(well), icon=":material/check_circle:")

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from gptcore.errors import GptcoreError
 from gptcore.lab import Apart, Lab, Snapshot
 from gptcore.records import Request, RunState
-from pages.parts import errors
+from pages.parts import errors, settings
 from pages.parts import format as shown
-from pages.parts.compare_state import LETTERS, say
+from pages.parts.compare_state import LETTERS
 from pages.parts.services import lab as shared_lab
 
 RUNS = "compare_apart"
@@ -40,9 +40,9 @@ def read(texts: tuple[str, ...]) -> None:
             )
             runs[side] = lab.start(work)
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
     if not runs:
-        say("All sides are the same variant: there is nothing between them.")
+        settings.say("All sides are the same variant: there is nothing between them.")
     st.session_state[RUNS] = (texts, runs)
 
 

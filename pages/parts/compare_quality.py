@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from gptcore.errors import GptcoreError
 from gptcore.lab import Lab, Snapshot
 from gptcore.records import RunKind, RunState
-from pages.parts import errors
+from pages.parts import errors, settings
 from pages.parts import format as shown
 from pages.parts.compare_charts import BAD, GOOD, figure
-from pages.parts.compare_state import LETTERS, Wanted, change, current, say
-from pages.parts.explain_looks import progress
+from pages.parts.compare_state import LETTERS, Wanted, change, current
 from pages.parts.plan_charts import GREY, colors, ink
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import ID_CHARS, bound
+from pages.parts.shown_run import progress, tell_end
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -63,7 +63,7 @@ def take_file(name: str, keep: Callable[[str, bytes], str]) -> None:
     try:
         change(**{name: keep(plain.strip("-") or "mine", file.getvalue())})
     except GptcoreError as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
 
 
 def measure() -> None:
@@ -74,7 +74,7 @@ def measure() -> None:
         for work in current().quality_works(lab):
             runs.append(lab.start(work))
     except (GptcoreError, ValidationError) as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
     if runs:
         st.session_state[KEY] = tuple(runs)
 
@@ -139,8 +139,9 @@ def quality(lab: Lab, wanted: Wanted) -> None:
 
 def shown_runs() -> tuple[str, ...]:
     """Return the runs of this session, or those of the link."""
-    if KEY not in st.session_state:
-        given = (st.query_params.get(ADDRESS) or "").split(",")[: len(LETTERS) - 1]
+    linked = st.query_params.get(ADDRESS) or ""
+    if KEY not in st.session_state or (linked and settings.entered()):
+        given = linked.split(",")[: len(LETTERS) - 1]
         lab = shared_lab()
         st.session_state[KEY] = tuple(
             one[:ID_CHARS]
@@ -246,10 +247,8 @@ def outcome(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
     for one in found:
         if not one.run.state.final:
             progress(lab, one)
-        elif one.run.state is RunState.CANCELLED:
-            st.info("Stopped. What was found until then is kept.", icon=":material/stop_circle:")
         elif one.run.state is not RunState.DONE:
-            errors.show(one.run.error or f"The run ended: {one.run.state}.")
+            tell_end(one.run)
     with_results = [one for one in found if one.run.result]
     if not with_results:
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import streamlit as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptcore.errors import InvalidInput
@@ -13,15 +12,13 @@ from gptcore.lab import Cell, Compare, Evaluate, Lab, StopRule, Tasks, Texts, Wi
 from gptcore.recipe import Variant
 from gptcore.records import Request, RunKind, Sampling
 from gptcore.work import Work
-from pages.parts import errors, permalink, settings
+from pages.parts import errors, settings
+from pages.parts.kept import Kept
 from pages.parts.services import lab as shared_lab
+from pages.parts.shown_run import Shown
 
-KEY = "compare"
-SAID = "compare_said"
-ADDRESS = "c"
-"""The name in the address under which the whole value stands, packed."""
-RESULT = "result"
-"""The name in the address of a measured comparison, which never changes again."""
+MEASURED = Shown("compare_run", "result", "comparison", (RunKind.COMPARE, RunKind.REGRESS))
+"""A comparison, which never changes again once it is measured."""
 LETTERS = "ABCD"
 SHIPPED_TEXT = "evaluation"
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -181,32 +178,10 @@ def starting() -> Wanted:
     )
 
 
-def current() -> Wanted:
-    """Return the session's value, from the address when the page is entered by a link."""
-    if KEY not in st.session_state:
-        st.session_state[KEY] = _from_address() or _from_result() or starting()
-    kept: Wanted = st.session_state[KEY]
-    return kept
-
-
-def _from_address() -> Wanted | None:
-    packed = st.query_params.get(ADDRESS)
-    if not packed:
-        return None
-    try:
-        return Wanted.model_validate_json(permalink.unpacked(packed))
-    except ValidationError as error:
-        say(f"The link's comparison was not used: {errors.sentence(error)}")
-    except ValueError:
-        say("The link's comparison is damaged and was not used.")
-    return None
-
-
 def _from_result() -> Wanted | None:
     """Return what was asked of the comparison that a link shows."""
-    run_id = st.query_params.get(RESULT, "")[: settings.ID_CHARS]
-    found = shared_lab().snapshot(run_id) if run_id else None
-    if found is None or found.run.kind not in (RunKind.COMPARE, RunKind.REGRESS):
+    found = shared_lab().snapshot(MEASURED.run_id() or "")
+    if found is None or found.run.kind not in MEASURED.kinds:
         return None
     try:
         asked = {name: found.run.settings[name] for name in Compare.model_fields}
@@ -228,21 +203,14 @@ def _from_result() -> Wanted | None:
         return None
 
 
-def write_address(wanted: Wanted) -> None:
-    """Make the address hold the whole value, as far as an address can."""
-    packed = permalink.pack(wanted.model_dump(mode="json"))
-    if len(packed) > permalink.MAX_LINK_CHARS:
-        st.query_params.pop(ADDRESS, None)
-    elif st.query_params.get(ADDRESS) != packed:
-        st.query_params[ADDRESS] = packed
-
-
-def change(**changes: Any) -> None:
-    """Change the value; what is refused is said and not taken."""
-    try:
-        st.session_state[KEY] = Wanted.model_validate({**current().model_dump(), **changes})
-    except ValidationError as error:
-        say(errors.sentence(error))
+_kept = Kept(
+    Wanted,
+    key="compare",
+    address="c",
+    what="comparison",
+    start=lambda: _from_result() or starting(),
+)
+current, change, write_address = _kept.current, _kept.change, _kept.write_address
 
 
 def change_side(index: int, **changes: Any) -> None:
@@ -251,14 +219,3 @@ def change_side(index: int, **changes: Any) -> None:
     if index < len(sides):
         sides[index] |= changes
         change(sides=sides)
-
-
-def say(sentence: str) -> None:
-    """Keep a sentence for the next drawing."""
-    st.session_state[SAID] = sentence
-
-
-def said() -> str | None:
-    """Return what was refused since the last drawing, and forget it."""
-    found: str | None = st.session_state.pop(SAID, None)
-    return found

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import html
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from gptcore.lab import Lab, Snapshot
-from pages.parts import errors
-from pages.parts import format as shown
+from gptcore.lab import Lab
 from pages.parts.plan_charts import colors
+from pages.parts.shown_run import Draw, follow, settled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -34,51 +32,10 @@ def halves() -> tuple[DeltaGenerator, DeltaGenerator]:
     return grid.container(height="stretch"), grid.container(height="stretch")
 
 
-def finished(lab: Lab, run_id: str) -> Snapshot | None:
-    """Return a look that has ended, waiting a moment for it; None while it goes on."""
-    deadline = time.monotonic() + WAITED_S
-    while True:
-        found = lab.snapshot(run_id)
-        if found is None or found.run.state.final:
-            return found
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.02)
-
-
-def waiting(lab: Lab, run_id: str) -> None:
-    """Draw how far a forward pass is, until it has ended; nothing once its logits are there."""
-    found = finished(lab, run_id)
-    if found is None:
-        if lab.snapshot(run_id) is not None:
-            st.fragment(errors.guarded(_waiting), run_every=TICK_S)(lab, run_id)
-        else:
-            st.caption("This look is no longer in memory: press Look again.")
-    elif found.run.error:
-        errors.show(found.run.error)
-
-
-def _waiting(lab: Lab, run_id: str) -> None:
-    found = lab.snapshot(run_id)
-    if found is None or found.run.state.final:
-        st.rerun()
-    progress(lab, found)
-
-
-def progress(lab: Lab, found: Snapshot) -> None:
-    """Draw how far a look is."""
-    place = f", place {found.place} in the queue" if found.place else ""
-    share = f", {shown.share(found.progress)}" if found.progress else ""
-    phase = shown.escaped(found.phase[:1].upper() + found.phase[1:])
-    with st.container(border=True, horizontal=True, vertical_alignment="center"):
-        st.progress(min(1.0, max(0.0, found.progress or 0.0)), text=f"{phase}{place}{share}")
-        st.button(
-            "Stop",
-            key=f"stop {found.run.id}",
-            icon=":material/stop:",
-            on_click=lab.cancel,
-            args=(found.run.id,),
-        )
+def looked(lab: Lab, run_id: str, body: Draw) -> bool:
+    """Draw a look, waiting a moment for one that is short; return whether it goes on."""
+    settled(lab, run_id, WAITED_S)
+    return follow(lab, run_id, body, tick_s=TICK_S)
 
 
 def coloured(texts: Sequence[str], scores: Sequence[float], tips: Sequence[str]) -> None:

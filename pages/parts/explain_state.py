@@ -16,15 +16,14 @@ from gptcore.explain.work import Explain, Method
 from gptcore.lab import Lab
 from gptcore.recipe import Variant
 from gptcore.records import MAX_PROMPT_CHARS, Message, Request, Run, RunKind
-from pages.parts import errors, permalink, settings
+from pages.parts import errors, settings
+from pages.parts.kept import Kept, tell
 
 KEY = "explain"
 RUNS = "explain_runs"
 BEFORE = "explain_before"
 """The look that the newest one follows; it stays to be seen until that one has ended."""
 STEP = "explain_step"
-ADDRESS = "e"
-"""The name in the address under which the whole value stands, packed."""
 RESULT = "look"
 """The name in the address of the look that the view shows."""
 VIEWS = {
@@ -115,49 +114,14 @@ class Wanted(BaseModel):
         )
 
 
-def current() -> Wanted:
-    """Return the session's value, from the address when the page is entered by a link."""
-    if KEY not in st.session_state:
-        st.session_state[KEY] = _from_address() or Wanted()
-    kept: Wanted = st.session_state[KEY]
-    return kept
+_kept = Kept(Wanted, key=KEY, address="e", what="look")
+current, change = _kept.current, _kept.change
 
 
-def _from_address() -> Wanted | None:
-    packed = st.query_params.get(ADDRESS)
-    if not packed:
-        return None
-    try:
-        return Wanted.model_validate_json(permalink.unpacked(packed))
-    except ValidationError as error:
-        settings.say(f"The link's look was not used: {errors.sentence(error)}")
-    except ValueError:
-        settings.say("The link's look is damaged and was not used.")
-    return None
-
-
-def write_address(wanted: Wanted) -> None:
-    """Make the address hold what is not the default, and the look that is shown."""
-    changed = wanted.model_dump(mode="json", exclude_defaults=True)
-    _put(ADDRESS, permalink.pack(changed) if changed else None)
-    _put(RESULT, run_id(wanted.view))
-
-
-def _put(name: str, value: str | None) -> None:
-    if not value or len(value) > permalink.MAX_LINK_CHARS:
-        st.query_params.pop(name, None)
-    elif st.query_params.get(name) != value:
-        st.query_params[name] = value
-
-
-def change(**changes: Any) -> bool:
-    """Change the value; what is refused is said and not taken."""
-    try:
-        st.session_state[KEY] = Wanted.model_validate({**current().model_dump(), **changes})
-    except ValidationError as error:
-        settings.say(errors.sentence(error))
-        return False
-    return True
+def write_address() -> None:
+    """Make the address hold what was chosen, and the look that is shown."""
+    _kept.write_address()
+    tell(RESULT, run_id(current().view))
 
 
 def run_id(view: str) -> str | None:

@@ -12,7 +12,7 @@ from gptcore.records import STAGES
 from gptcore.sentences import brief
 from pages.parts import errors, explain_charts, explain_state, samplers, settings
 from pages.parts import format as shown
-from pages.parts.explain_looks import chart, halves, waiting
+from pages.parts.explain_looks import chart, halves, looked
 from pages.parts.settings import bound, taken_from
 
 ROWS = 12
@@ -36,7 +36,7 @@ def draw(lab: Lab) -> None:
         )
         return
     run_id, variant = found
-    waiting(lab, run_id)
+    looked(lab, run_id, lambda *_: None)
     if (logits := lab.next_logits_of(run_id)) is not None:
         st.fragment(errors.guarded(_drawn))(lab, run_id, variant, logits)
 

@@ -37,6 +37,7 @@ LENSES = {
 
 def _look_again(**changes: Any) -> None:
     """Change what is looked at, and look."""
+    errors.redraw()
     if explain_state.change(**changes):
         explain_state.look()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import streamlit as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,11 +13,11 @@ from gptcore.explain.work import Explain, Held
 from gptcore.lab import FewShot, Lab
 from gptcore.records import MAX_PROMPT_CHARS, MAX_RULE_CHARS, Constraint, RunKind
 from gptcore.work import Work
-from pages.parts import errors, permalink, settings
+from pages.parts import errors, settings
+from pages.parts.kept import Kept, tell
 
 KEY = "in_context"
 RUNS = "in_context_runs"
-ADDRESS = "c"
 RESULT = "result"
 VIEWS = ("Few-shot", "Constraint")
 RULES = {"choices": "Choices", "regex": "Regular expression", "json_schema": "JSON schema"}
@@ -131,46 +131,14 @@ class Wanted(BaseModel):
         return self.few_shot(lab) if self.view == "Few-shot" else self.held(lab)
 
 
-def current() -> Wanted:
-    """Return the session's value, from the address when the page is entered by a link."""
-    if KEY not in st.session_state:
-        st.session_state[KEY] = _from_address() or Wanted()
-    kept: Wanted = st.session_state[KEY]
-    return kept
+_kept = Kept(Wanted, key=KEY, address="c", what="settings")
+current, change = _kept.current, _kept.change
 
 
-def _from_address() -> Wanted | None:
-    packed = st.query_params.get(ADDRESS)
-    if not packed:
-        return None
-    try:
-        return Wanted.model_validate_json(permalink.unpacked(packed))
-    except ValidationError as error:
-        settings.say(f"The link's settings were not used: {errors.sentence(error, Wanted)}")
-    except ValueError:
-        settings.say("The link's settings are damaged and were not used.")
-    return None
-
-
-def write_address(wanted: Wanted) -> None:
-    """Make the address hold what is not the default, and the run that is shown."""
-    changed = wanted.model_dump(mode="json", exclude_defaults=True)
-    for name, value in (
-        (ADDRESS, permalink.pack(changed) if changed else None),
-        (RESULT, run_id(wanted.view)),
-    ):
-        if not value or len(value) > permalink.MAX_LINK_CHARS:
-            st.query_params.pop(name, None)
-        elif st.query_params.get(name) != value:
-            st.query_params[name] = value
-
-
-def change(**changes: Any) -> None:
-    """Change the value; what is refused is said and not taken."""
-    try:
-        st.session_state[KEY] = Wanted.model_validate({**current().model_dump(), **changes})
-    except ValidationError as error:
-        settings.say(errors.sentence(error, Wanted))
+def write_address() -> None:
+    """Make the address hold what was chosen, and the run that is shown."""
+    _kept.write_address()
+    tell(RESULT, run_id(current().view))
 
 
 def run_id(view: str) -> str | None:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import streamlit as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptcore.errors import GptcoreError
 from gptcore.lab import (
     FULL_CELLS,
     QUICK_CELLS,
@@ -20,14 +19,12 @@ from gptcore.lab import (
 )
 from gptcore.passes.base import Pass
 from gptcore.recipe import Calibration, Recipe, Variant, recipe_from_text
-from pages.parts import errors, permalink, settings
+from gptcore.records import RunKind
+from pages.parts import errors, settings
+from pages.parts.kept import Kept
+from pages.parts.shown_run import Shown
 
-KEY = "optimize"
-SAID = "optimize_said"
-ADDRESS = "o"
-"""The name in the address under which the whole draft stands, packed."""
-PROOF = "proof"
-"""The name in the address of a run whose card is shown."""
+PROOF = Shown("optimize_run", "proof", "proof", (RunKind.OPTIMIZE, RunKind.PROVE))
 PRECISIONS: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
 """In the order in which a recipe is tried on them."""
 
@@ -95,37 +92,8 @@ def free_name(lab: Lab, draft: Draft) -> str:
     )
 
 
-def current() -> Draft:
-    """Return the session's draft, from the address when the page is entered by a link."""
-    if KEY not in st.session_state:
-        st.session_state[KEY] = _from_address() or Draft()
-    kept: Draft = st.session_state[KEY]
-    return kept
-
-
-def _from_address() -> Draft | None:
-    packed = st.query_params.get(ADDRESS)
-    if not packed:
-        return None
-    try:
-        return Draft.model_validate_json(permalink.unpacked(packed))
-    except ValidationError as error:
-        say(f"The link's recipe was not used: {errors.sentence(error)}")
-    except GptcoreError as error:
-        say(f"The link's recipe was not used: {error}")
-    except ValueError:
-        say("The link's recipe is damaged and was not used.")
-    return None
-
-
-def change(**values: Any) -> None:
-    """Change some of the draft; what is not allowed is said in the page, and changes nothing."""
-    try:
-        st.session_state[KEY] = Draft.model_validate({**dict(current()), **values})
-    except ValidationError as error:
-        say(errors.sentence(error))
-    except GptcoreError as error:
-        say(str(error))
+_kept = Kept(Draft, key="optimize", address="o", what="recipe")
+current, change, write_address = _kept.current, _kept.change, _kept.write_address
 
 
 def change_recipe(passes: list[Pass], calibration: Calibration | None = None) -> None:
@@ -134,31 +102,9 @@ def change_recipe(passes: list[Pass], calibration: Calibration | None = None) ->
     try:
         recipe = Recipe(passes=tuple(passes), calibration=kept)
     except ValidationError as error:
-        say(errors.sentence(error))
+        settings.say(errors.sentence(error))
         return
     change(recipe=recipe)
-
-
-def write_address() -> None:
-    """Make the address a link to this draft."""
-    draft = current()
-    if draft == Draft():
-        st.query_params.pop(ADDRESS, None)
-        return
-    packed = permalink.pack(draft.model_dump(mode="json"))
-    if st.query_params.get(ADDRESS) != packed:
-        st.query_params[ADDRESS] = packed
-
-
-def say(problem: str) -> None:
-    """Keep a sentence that the next run of the script shows."""
-    st.session_state.setdefault(SAID, []).append(problem)
-
-
-def said() -> list[str]:
-    """Return the sentences that were kept, once."""
-    found: list[str] = st.session_state.pop(SAID, [])
-    return found
 
 
 def estimate_of(lab: Lab, variant: Variant) -> dict[str, Any] | None:

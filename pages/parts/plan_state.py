@@ -13,11 +13,11 @@ import streamlit as st
 
 from gptcore.errors import InvalidInput
 from gptcore.plan.assumptions import Assumptions, make, on_card, read, source, unit
+from pages.parts import settings
 from pages.parts.settings import bound
 
 KEY = "plan"
 PREFIX = "p_"
-SAID = "plan_said"
 SAFE = 2**53 - 1
 """The largest whole number that a browser keeps exactly."""
 
@@ -32,7 +32,8 @@ def current() -> Assumptions:
     if KEY not in st.session_state:
         found, problems = read(given)
         st.session_state[KEY] = found
-        st.session_state[SAID] = problems
+        for problem in problems:
+            settings.say(problem)
     kept: Assumptions = st.session_state[KEY]
     return kept
 
@@ -59,18 +60,12 @@ def text(value: object) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def problems() -> list[str]:
-    """Return what was refused since the last drawing, and forget it."""
-    found: list[str] = st.session_state.pop(SAID, [])
-    return found
-
-
 def put(**changes: Any) -> None:
     """Change assumptions; what is refused is said and not taken."""
     try:
         st.session_state[KEY] = make({**current().model_dump(), **changes})
     except InvalidInput as error:
-        st.session_state[SAID] = [str(error)]
+        settings.say(str(error))
 
 
 def put_card(name: str) -> None:

@@ -217,13 +217,19 @@ def restore(page: str) -> None:
         page: the path of the page that will be drawn.
     """
     lab = shared_lab()
+    st.session_state["entered"] = st.session_state.get("page") != page
     if "settings" not in st.session_state:
         st.session_state["settings"] = starting_settings(lab)
-        _read_url(lab)
-    elif st.session_state.get("page") != page:
+    if entered():
         _read_url(lab)
     st.session_state["page"] = page
     write_url()
+
+
+def entered() -> bool:
+    """Return whether this drawing of the page is its first, so that its address is a link's."""
+    found: bool = st.session_state["entered"]
+    return found
 
 
 def _read_url(lab: Lab) -> None:

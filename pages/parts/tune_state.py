@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin
 
-import streamlit as st
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from gptcore.lab import Knob, Lab, Limits, Tune
 from gptcore.optimize.spaces import Space, space
 from gptcore.passes.registry import passes
-from pages.parts import errors, permalink, settings
+from gptcore.records import RunKind
+from pages.parts import settings
+from pages.parts.kept import Kept
 from pages.parts.pass_form import limits
 from pages.parts.settings import as_in
+from pages.parts.shown_run import Shown
 
-KEY = "tune"
-SAID = "tune_said"
-ADDRESS = "t"
-"""The name in the address under which the whole draft stands, packed."""
-STUDY = "study"
-"""The name in the address of a run whose search is shown."""
+STUDY = Shown("tune_run", "study", "search", (RunKind.TUNE,))
 
 
 class Draft(BaseModel):
@@ -107,52 +104,5 @@ def searchable(technique: str) -> list[str]:
     return found
 
 
-def current() -> Draft:
-    """Return the session's draft, from the address when the page is entered by a link."""
-    if KEY not in st.session_state:
-        st.session_state[KEY] = _from_address() or Draft()
-    kept: Draft = st.session_state[KEY]
-    return kept
-
-
-def _from_address() -> Draft | None:
-    packed = st.query_params.get(ADDRESS)
-    if not packed:
-        return None
-    try:
-        return Draft.model_validate_json(permalink.unpacked(packed))
-    except ValidationError as error:
-        say(f"The link's search was not used: {errors.sentence(error)}")
-    except ValueError:
-        say("The link's search is damaged and was not used.")
-    return None
-
-
-def change(**values: Any) -> None:
-    """Change some of the draft; what is not allowed is said in the page, and changes nothing."""
-    try:
-        st.session_state[KEY] = Draft.model_validate({**dict(current()), **values})
-    except ValidationError as error:
-        say(errors.sentence(error))
-
-
-def write_address() -> None:
-    """Make the address a link to this draft."""
-    draft = current()
-    if draft == Draft():
-        st.query_params.pop(ADDRESS, None)
-        return
-    packed = permalink.pack(draft.model_dump(mode="json"))
-    if st.query_params.get(ADDRESS) != packed:
-        st.query_params[ADDRESS] = packed
-
-
-def say(problem: str) -> None:
-    """Keep a sentence that the next run of the script shows."""
-    st.session_state.setdefault(SAID, []).append(problem)
-
-
-def said() -> list[str]:
-    """Return the sentences that were kept, once."""
-    found: list[str] = st.session_state.pop(SAID, [])
-    return found
+_kept = Kept(Draft, key="tune", address="t", what="search")
+current, change, write_address = _kept.current, _kept.change, _kept.write_address

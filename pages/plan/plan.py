@@ -17,7 +17,7 @@ from gptcore.plan.outcome import Outcome, needed, outcome
 from gptcore.plan.peaks import known_peaks, measure_peaks
 from gptcore.records import Run, RunKind, RunState
 from gptcore.spec import GPT2, GPT3, PRESETS
-from pages.parts import errors, plan_charts, plan_state
+from pages.parts import errors, plan_charts, plan_state, settings
 from pages.parts import format as shown
 from pages.parts.plan_state import ask
 from pages.parts.services import lab as shared_lab
@@ -734,7 +734,7 @@ known = {
 }
 view = header()
 choices()
-for problem in plan_state.problems():
+for problem in settings.said():
     errors.show(problem)
 try:
     result = outcome(plan_state.current(), known)
