@@ -180,8 +180,6 @@ class Engine:
                 here[:, :, :, :common].copy_(there[:, :, :, :common])
             cache.length = common
             self._kept.sort(key=lambda one: one is best)  # the last to go
-            if common == len(best.ids) // granule * granule:  # what goes on from it replaces it
-                self._kept = [one for one in self._kept if one is not best]
         return cache
 
     def known(self, ids: Sequence[int], answer: Sequence[int], cache: KVCache) -> Known:
@@ -195,10 +193,11 @@ class Engine:
     def keep(self, known: Known) -> None:
         """Keep what is known of a text for those to come, and as many before it as there is room.
 
-        One that is too large for that is not kept.
+        One that is too large for that is not kept, and none that it goes on from.
         """
         if known.nbytes > KEPT_BYTES:
             return
+        self._kept = [one for one in self._kept if one.ids != known.ids[: len(one.ids)]]
         self._kept.append(known)
         while sum(one.nbytes for one in self._kept) > KEPT_BYTES:
             self._kept.pop(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from gptcore.batching import Advance, Batch
 from gptcore.engine import Engine, Generation
 from gptcore.errors import DoesNotFit, NumericalError
 from gptcore.kernels.step import NativeStep
+from gptcore.kv_cache import QuantizedKVCache
 from gptcore.records import Constraint, FinishReason, Request, Token
 from gptcore.tokenizer import byte_tokenizer
 from tests.kernels.shapes import FORMATS, SPECS, native, random_model
@@ -113,14 +115,36 @@ def test_texts_that_join_and_leave_are_those_that_are_written_alone(spec: str, p
     assert max(one.most_others for one in generations) > 3
 
 
-@pytest.mark.skipif(bool(kernels.unavailable()), reason=str(kernels.unavailable()))
-@pytest.mark.parametrize("form", ["bf16", "int8, rows", "int4, groups of 64"])
-def test_our_own_library_gives_every_format_the_bits_of_one_text(form: str) -> None:
-    engine = engine_of(path="native", form=form)
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [
+        ("torch", "bf16"),
+        *(
+            pytest.param("native", form, marks=NATIVE.marks)
+            for form in ("bf16", "int8, rows", "int4, groups of 64")
+        ),
+    ],
+)
+def test_every_format_gets_the_bits_of_one_text(path: str, form: str) -> None:
+    engine = engine_of(path=path, form=form)
     wanted = [alone(engine, one) for one in VARIED]
     engine.clock = ticking()
     batch = Batch(engine, budget_bytes=PLENTY)
     generations = [engine.start(one, shortcuts=True) for one in VARIED]
+    for one in generations:
+        batch.add(one)
+    found = written(batch, generations)
+    assert [found[one] for one in generations] == wanted
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_texts_with_a_cache_of_few_bits_are_those_that_are_written_alone(bits: int) -> None:
+    engine = engine_of("qwen3")
+    engine.model.cache_kind = partial(QuantizedKVCache, bits=bits)
+    wanted = [alone(engine, one) for one in VARIED[:4]]
+    engine.clock = ticking()
+    batch = Batch(engine, budget_bytes=PLENTY)
+    generations = [engine.start(one, shortcuts=True) for one in VARIED[:4]]
     for one in generations:
         batch.add(one)
     found = written(batch, generations)

@@ -139,6 +139,26 @@ def test_a_text_of_its_own_takes_over_nothing() -> None:
     assert written(engine, shortcuts=True, prompt="two three")[2].reused_tokens == 3
 
 
+def test_the_oldest_texts_are_let_go_of_where_there_is_no_more_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_of("int8, rows")
+    cache = engine.model.new_cache(4 + 60)
+    room = 2 * (cache.k.nbytes + cache.v.nbytes)
+    monkeypatch.setattr("gptcore.engine.KEPT_BYTES", room)
+
+    def reused(prompt: str) -> int:
+        return int(written(engine, shortcuts=True, prompt=prompt)[2].reused_tokens)
+
+    assert [reused(one) for one in ("aaaa", "bbbb", "cccc")] == [0, 0, 0]
+    assert [reused(one) for one in ("bbbb", "cccc")] == [3, 3]
+    assert reused("aaaa") == 0
+    written(engine, shortcuts=True, prompt="d" * 150)  # too large to be kept
+    assert reused("cccc") == 3
+    engine.forget()
+    assert reused("cccc") == 0
+
+
 def test_every_token_is_given_its_own_time() -> None:
     ticks = iter(range(10_000))
     engine = engine_of("int8, rows")
