@@ -328,11 +328,16 @@ def markdown(result: dict[str, object], rows: list[Row]) -> str:
 
 def into_readme(name: str, table: str) -> None:
     """Put a table between the marks of its name in bench/README.md."""
+    into_page(README, name, table)
+
+
+def into_page(page: Path, name: str, table: str) -> None:
+    """Put a table between the marks of its name in a page."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = README.read_text()
+    text = page.read_text()
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    README.write_text(f"{before}{begin}\n{table}{end}{after}")
+    page.write_text(f"{before}{begin}\n{table}{end}{after}")
 
 
 if __name__ == "__main__":

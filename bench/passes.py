@@ -4,10 +4,12 @@
 
 Perplexity is that of the text's first tokens, in windows of 512 without overlap and without a
 first-of-text token, through the cache; it is given as a multiple of the same weights' in fp32. KL
-is the mean over the text's first windows, from fp32's predictions. Sizes are what a file keeps, the
-embedding included, over the bytes of the fp32 weights. Passes are calibrated on the end of the
-text, apart from what is scored, or on a file of its own. Seconds are processor time: of the whole
-pass, and of its solvers, calibration's forward passes apart; on one thread they are a core's.
+is the mean over the first scored windows, from fp32's predictions. With ``--windows N`` only N
+windows are scored, evenly spread over those tokens: a line says on how few tokens it was measured.
+Sizes are what a file keeps, the embedding included, over the bytes of the fp32 weights. Passes are
+calibrated on the end of the text, apart from what is scored, or on a file of its own. Seconds are
+processor time: of the whole pass, and of its solvers, calibration's forward passes apart; on one
+thread they are a core's.
 
 Every line is kept in bench/results/ as soon as it is there, in the place of an older one of its
 name; the table is then written anew, there and in bench/README.md.
@@ -22,11 +24,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +40,9 @@ from gptcore.device import Placement
 from gptcore.linears import stored_bytes
 from gptcore.measure.corpora import evaluation_text
 from gptcore.measure.memory import trim_heap, weight_bytes
-from gptcore.measure.perplexity import Windowing, model_logits, nll_of, passage
+from gptcore.measure.perplexity import Passage, Windowing, model_logits, nll_of, passage
 from gptcore.model import GPT
+from gptcore.optimize.bits import SEQUENCE
 from gptcore.passes import awq, calibrate, cluster, gptq, low_rank, prune, shrink
 from gptcore.passes.base import Coverage, Pass, PassContext
 from gptcore.passes.calibrate import text_hash
@@ -245,6 +249,19 @@ CASES = (
 """All lines of the table; a target counts stored bytes of the whole, embedding included."""
 
 
+def spread(read: Passage, count: int) -> Passage:
+    """Return a passage of so many of its windows, evenly spread; of all where that is 0.
+
+    Windows are read apart from one another, so that each gives what it gives in the whole.
+    """
+    every = read.windows
+    if not count or count >= len(every):
+        return read
+    chosen = [every[i] for i in np.linspace(0, len(every) - 1, count).round().astype(int)]
+    at = np.concatenate([np.arange(one.begin, one.end) for one in chosen])
+    return replace(read, ids=read.ids[at], sizes=read.sizes[at])
+
+
 class Stopwatch:
     """Adds up the processor time of some functions while a ``with`` block lasts."""
 
@@ -299,7 +316,7 @@ class Bench:
         tokenizer = load_tokenizer(self.checkpoint.directory)
         text = evaluation_text(str(options.text), paths=True)
         windowing = Windowing(window=options.window, max_tokens=options.tokens)
-        self.passage = passage(text, tokenizer, windowing)
+        self.passage = spread(passage(text, tokenizer, windowing), options.windows)
         if options.calibration:
             source = tokenizer.encode(options.calibration.read_text(encoding="utf-8"))
         else:
@@ -315,6 +332,12 @@ class Bench:
         exact = self.built("fp32")
         self.score(exact)
         self.base_perplexity = math.exp(sum(self._base_nll) / self.scored)
+
+    @property
+    def scope(self) -> str:
+        """What is scored of the text's first tokens, in words."""
+        count, most = len(self.passage.windows), -(-self.options.tokens // self.options.window)
+        return "" if count == most else f"{count} windows spread over "
 
     @property
     def scored(self) -> int:
@@ -359,8 +382,8 @@ class Bench:
 
     def mixed(self) -> tuple[Pass, ...]:
         """Return mixed bits that take as much as uniform ones, by a scan of all layers."""
-        rows = max(1, self.options.scan_tokens // self.options.window)
-        damages = scan(self.built("fp32"), self.calibration[:rows])
+        rows = self.calibration.reshape(-1, SEQUENCE)
+        damages = scan(self.built("fp32"), rows[: max(1, self.options.scan_tokens // SEQUENCE)])
         chosen = assign(damages, self.spec, UNIFORM_BITS)
         return (chosen.model_copy(update={"method": "gptq"}),)
 
@@ -502,10 +525,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, required=True, help="scored from its beginning")
     parser.add_argument("--tokens", type=int, default=FULL_TOKENS, help="scored")
+    parser.add_argument("--windows", type=int, default=0, help="scored of these (default: all)")
     parser.add_argument("--kl-tokens", type=int, default=4096)
     parser.add_argument("--calibration", type=Path, help="another file (default: the text's end)")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--scan-tokens", type=int, default=512)
+    parser.add_argument("--scan-tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="words that a line's name has")
@@ -521,7 +545,8 @@ def main() -> None:
     machine = provenance()
     head = (
         f"{options.model}, weights of {bench.checkpoint.source_precision}: perplexity of fp32 "
-        f"{bench.base_perplexity:.3f} on the first {bench.options.tokens:,} tokens of {bench.text};"
+        f"{bench.base_perplexity:.3f} on {bench.scope}the first {options.tokens:,} tokens of "
+        f"{bench.text};"
         f" calibration text of {bench.calibration.numel():,} tokens "
         f"({text_hash(bench.calibration)[:19]}). {machine.cpu}, {options.threads} thread(s), "
         f"torch {machine.torch}."
@@ -531,7 +556,7 @@ def main() -> None:
         if options.only and not any(word in case.name for word in options.only):
             continue
         before = lines.get(case.name)
-        if options.missing and before is not None and before.tokens >= options.tokens:
+        if options.missing and before is not None and before.tokens >= len(bench.passage.ids):
             continue
         line = bench.line(case)
         lines = kept(file) | {case.name: line}

@@ -11,9 +11,13 @@ from gptcore.cli.optimizing import baseline_of
 from gptcore.cli.terminal import add_variant_arguments, catalogue, perform, say, variant_of
 from gptcore.errors import InvalidInput
 from gptcore.fit import gib
+from gptcore.optimize.bits import BitScan
 from gptcore.optimize.spaces import NAMES, space
 from gptcore.optimize.tune import OBJECTIVES, Limits, Tune
 from gptcore.sentences import one_line
+
+SCAN = {"effective_bits": "--effective-bits", "group": "--group", "tokens": "--scan-tokens"}
+"""Options of the scan, by its field."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="X",
             help=f"a limit: {field.title}. {field.description}".replace("%", "%%"),
         )
+    for name, field in BitScan.model_fields.items():
+        parser.add_argument(
+            SCAN[name],
+            dest=f"scan_{name}",
+            type=type(field.default),
+            default=field.default,
+            help=f"with --space bits: {field.title}. {field.description}",
+        )
 
 
 def tune(options: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +79,7 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
             "knobs": found.knobs if found else _knobs(options.space),
             "start": found.start if found else (),
             "objectives": tuple(filter(None, options.objectives.split(","))),
+            "scan": {name: getattr(options, f"scan_{name}") for name in BitScan.model_fields},
             "limits": {name: getattr(options, name) for name in Limits.model_fields},
             **{
                 name: getattr(options, name)
@@ -95,6 +108,10 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     if refused:
         yield f"{len(refused)} of {len(result['trials'])} could not run, such as: " + one_line(
             refused[0]["problem"], 200
+        )
+    if uniform := result["uniform"]:
+        yield f"The same bits for all layers: KL {uniform['values']['kl']:.5g}, " + (
+            f"{uniform['values']['stored_ratio']:.4f} of the bytes"
         )
     if winner := result["winner"]:
         yield f"Best by {result['objectives'][0]['name']}: trial {winner['number']}, " + json.dumps(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gptcore.optimize.tune import LEAVE, Knob
+from gptcore.optimize.tune import Knob
 from gptcore.passes.quantize import layer_shapes
 from gptcore.spec import ModelSpec
 
-UNIFORM = 4
+WEIGHT = 3.0
+"""Doublings of a damage, up or down, that are tried at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +23,27 @@ class Space:
     start: tuple[Mapping[str, str | int | float | bool], ...] = field(default=())
 
 
-def bits_by_kind(spec: ModelSpec) -> Space:
-    """Return the search for the bits of each kind of layer, beginning with the same for all."""
-    kinds = {name.partition(".")[2].partition(".")[2]: None for name, _ in layer_shapes(spec)[:-1]}
+def bits_by_layer(spec: ModelSpec) -> Space:
+    """Return the search for the bits of each layer, beginning with what a scan of them says.
+
+    It tries how much the damage of each kind of layer, of each ten blocks and of the first and
+    last one counts beside what the scan found, as powers of two; the bytes stay the same.
+    """
+    names = [name for name, _ in layer_shapes(spec)]
+    kinds = dict.fromkeys(f"*.{name.partition('.')[2].partition('.')[2]}" for name in names[:-1])
+    tens = [f"blocks.{ten or ''}[0-9].*" for ten in range(-(-spec.layers // 10))]
+    ends = dict.fromkeys(f"blocks.{at}.*" for at in (0, spec.layers - 1))
+    patterns = dict.fromkeys((*kinds, *(tens if len(tens) > 1 else ()), *ends, "head"))
     knobs = tuple(
-        Knob(technique="mixed_bits", layers=f"*.{one}", choices=(3, 4, 8)) for one in kinds
+        Knob(technique="mixed_bits", layers=one, low=-WEIGHT, high=WEIGHT) for one in patterns
     )
-    head = Knob(technique="mixed_bits", layers="head", choices=(4, 8))
-    ends = tuple(
-        Knob(technique="mixed_bits", layers=f"blocks.{at}.*", choices=(LEAVE, 8))
-        for at in dict.fromkeys((0, 1, spec.layers - 1))
-        if at < spec.layers
-    )
-    group = Knob(technique="mixed_bits", field="group", choices=(32, 64, 128))
-    uniform: dict[str, str | int | float | bool] = {one.name: UNIFORM for one in (*knobs, head)}
-    uniform |= {one.name: LEAVE for one in ends} | {group.name: 64}
+    as_scanned: dict[str, str | int | float | bool] = {one.name: 0.0 for one in knobs}
     return Space(
-        "How many bits each kind of layer gets, and whether the first and last blocks get more.",
-        (*knobs, head, *ends, group),
+        "How many bits each layer gets, 3, 4 or 8, within the same bytes: a scan finds what "
+        "rounding each does, and the search how far to trust it.",
+        knobs,
         "bf16",
-        (uniform,),
+        (as_scanned,),
     )
 
 
@@ -81,4 +83,4 @@ NAMES = (*SPACES, BITS)
 
 def space(name: str, spec: ModelSpec) -> Space:
     """Return the space of that name for a model of that shape."""
-    return bits_by_kind(spec) if name == BITS else SPACES[name]
+    return bits_by_layer(spec) if name == BITS else SPACES[name]

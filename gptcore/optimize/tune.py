@@ -29,9 +29,11 @@ from gptcore.measure.energy import EnergyMeter
 from gptcore.measure.perplexity import Passage, Windowing, model_logits, passage
 from gptcore.measure.statistics import StopRule
 from gptcore.measure.timing import Cell, once
+from gptcore.optimize.bits import BitScan, damages_from_text, damages_to_text
 from gptcore.optimize.pareto import unbeaten
 from gptcore.optimize.part import Part
 from gptcore.passes.registry import pass_from_json, passes
+from gptcore.passes.sensitivity import Damage
 from gptcore.paths import data_dir
 from gptcore.recipe import Recipe, Variant
 from gptcore.records import MAX_SEED, RunKind
@@ -74,7 +76,8 @@ class Knob(BaseModel):
     field: str = Field("", max_length=100)
     """Of the pass; empty asks whether the pass is in the recipe at all."""
     layers: str = Field("", max_length=200)
-    """For ``mixed_bits``: the layers whose bits are searched, such as ``*.mlp.down``."""
+    """For ``mixed_bits``: the layers whose bits are searched, such as ``*.mlp.down``. With a range
+    it is how much more than a scan said their damage counts, in powers of two."""
     choices: tuple[str | int | float | bool, ...] = Field((), max_length=100)
     low: float | None = None
     high: float | None = None
@@ -96,6 +99,11 @@ class Knob(BaseModel):
         if ranged and not (self.low or 0.0) < (self.high or 0.0):
             raise ValueError(f"the range of {self.name} is empty: {self.low} to {self.high}")
         return self
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it says how much the damage of some layers counts, when bits are dealt out."""
+        return bool(self.layers) and not self.choices
 
     @property
     def name(self) -> str:
@@ -143,17 +151,29 @@ class Tune(Work):
         (), max_length=100, description="Settings to try first, by the knobs' names."
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, title="Seed")
+    scan: BitScan = BitScan()
+    """Of the layers, where knobs weigh their damages; else nothing is scanned."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Tune:
         names = [one.name for one in self.knobs]
         if len(set(names)) < len(names):
             raise ValueError("two knobs turn the same setting: leave one out")
+        if len({one.weighs for one in self.knobs if one.layers}) > 1:
+            raise ValueError(
+                "some layers have bits to choose from and others a weight: bits are dealt out to "
+                "all layers or to none"
+            )
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError("an objective stands twice: leave one out")
         if self.baseline.placement.device != self.variant.placement.device:
             raise ValueError("baseline and trials are on two devices: put both on the same")
         return self
+
+    @property
+    def deals_bits(self) -> bool:
+        """Whether a scan of the layers comes first."""
+        return any(one.weighs for one in self.knobs)
 
     def variants_used(self) -> tuple[Variant, ...]:
         """Return the trials' start, and the baseline."""
@@ -161,6 +181,8 @@ class Tune(Work):
 
     def perform(self, desk: Desk) -> Mapping[str, Any]:
         """Search, and return ``trials``, ``front``, ``importances``, ``confirmed``, ``winner``.
+
+        Where bits are dealt out, ``uniform`` is what the same bits for all layers give.
 
         Raises:
             InvalidInput: the text is too short, or the study is one of other objectives.
@@ -183,6 +205,35 @@ class _Search:
         from gptcore.linears import stored_bytes
 
         self._stored = stored_bytes(loaded.engine.model)
+        del loaded
+        self._damages = self._scanned() if work.deals_bits else ()
+        self._uniform = self._of_uniform_bits() if work.deals_bits else None
+
+    def _scanned(self) -> tuple[Damage, ...]:
+        """Return the damages of all layers, those that the study keeps if they are the same."""
+        scan, kept = self._work.scan, self._study.user_attrs
+        identity = scan.identity(self._work.variant)
+        if kept.get("scan_identity") == identity:
+            return damages_from_text(kept["scan"])
+        exact = scan.exact(self._work.variant)
+        found = scan.perform(self._desk, self._desk.load(exact))
+        self._let_go(exact)
+        self._study.set_user_attr("scan", damages_to_text(found))
+        self._study.set_user_attr("scan_identity", identity)
+        return found
+
+    def _of_uniform_bits(self) -> dict[str, Any] | None:
+        """Return what the same bits for all layers give, with the trials' other settings."""
+        uniform = self._work.scan.uniform()
+        if uniform is None:
+            return None
+        recipe = with_text(self._work.variant.recipe.then(uniform), paths=True)
+        variant = self._work.variant.model_copy(update={"recipe": recipe})
+        if blocked := variant.blocked_by:
+            raise InvalidInput(blocked)
+        self._desk.phase("the same bits for all layers")
+        values = self._measure(variant)
+        return {"recipe": recipe.model_dump(mode="json"), "values": values}
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -231,7 +282,7 @@ class _Search:
         """
         chosen = {one.name: _suggested(trial, one) for one in self._work.knobs}
         trial.set_user_attr("settings", chosen)
-        recipe = recipe_of(self._work, chosen)
+        recipe = recipe_of(self._work, chosen, self._damages)
         variant = self._work.variant.model_copy(update={"recipe": recipe})
         if blocked := variant.blocked_by:
             raise InvalidInput(blocked)
@@ -250,9 +301,12 @@ class _Search:
         ):
             values |= self._speed(model, variant)
         del loaded, model
+        self._let_go(variant)
+        return values
+
+    def _let_go(self, variant: Variant) -> None:
         if variant.hash != self._work.baseline.hash:
             self._desk.unload(variant)
-        return values
 
     def _kl(self, model: Any) -> float:
         import torch
@@ -307,6 +361,7 @@ class _Search:
             "front": [one.number for one in front],
             "importances": importances(self._study, self._work.objectives),
             "baseline_stored_bytes": self._stored,
+            "uniform": self._uniform,
             "confirmed": None,
             "winner": self._winner(front),
         }
@@ -343,8 +398,13 @@ class _Search:
         }
 
 
-def recipe_of(work: Tune, chosen: Mapping[str, Any]) -> Recipe:
+def recipe_of(work: Tune, chosen: Mapping[str, Any], damages: Sequence[Damage] = ()) -> Recipe:
     """Return the recipe that settings of the knobs make.
+
+    Args:
+        work: the search.
+        chosen: a setting for each of its knobs, by name.
+        damages: what the scan found, where the search deals out bits.
 
     Raises:
         InvalidInput, ValidationError: the passes do not go together.
@@ -352,10 +412,13 @@ def recipe_of(work: Tune, chosen: Mapping[str, Any]) -> Recipe:
     settings: dict[str, dict[str, Any]] = {}
     unused: set[str] = set()
     layers: list[str] = []
+    weights: dict[str, float] = {}
     for knob in work.knobs:
         value = chosen[knob.name]
         fields = settings.setdefault(knob.technique, {})
-        if knob.layers:
+        if knob.weighs:
+            weights[knob.layers] = value
+        elif knob.layers:
             layers += [f"{knob.layers}:{value}"] if value != LEAVE else []
         elif knob.field:
             fields[knob.field] = value
@@ -363,6 +426,9 @@ def recipe_of(work: Tune, chosen: Mapping[str, Any]) -> Recipe:
             unused.add(knob.technique)
     if layers:
         settings["mixed_bits"]["layers"] = " ".join(layers)
+    if weights:
+        dealt = work.scan.deal(damages, work.variant.spec_after, weights)
+        settings["mixed_bits"] |= {"bits": dealt.bits, "layers": dealt.layers, "group": dealt.group}
     recipe = work.variant.recipe
     for name, fields in settings.items():
         if name not in unused:
@@ -491,6 +557,8 @@ def _suggested(trial: Trial, knob: Knob) -> Any:
         return trial.suggest_categorical(knob.name, list(knob.choices))
     assert knob.low is not None
     assert knob.high is not None
+    if knob.weighs:
+        return round(trial.suggest_float(knob.name, knob.low, knob.high), 2)
     if passes()[knob.technique].model_fields[knob.field].annotation is int:
         return trial.suggest_int(knob.name, round(knob.low), round(knob.high))
     return round(trial.suggest_float(knob.name, knob.low, knob.high), 3)

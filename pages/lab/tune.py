@@ -22,7 +22,7 @@ from gptcore.lab import (
     Snapshot,
     Tune,
 )
-from gptcore.optimize.spaces import NAMES, SPACES
+from gptcore.optimize.spaces import NAMES, SPACES, WEIGHT
 from gptcore.passes.registry import passes
 from gptcore.recipe import Recipe
 from gptcore.records import Run
@@ -44,7 +44,8 @@ from pages.parts.tune_state import (
 
 TICK_S = 1.0
 ABOUT = {name: one.about for name, one in SPACES.items()} | {
-    "bits": "How many bits each kind of layer gets: 3, 4 or 8."
+    "bits": "How many bits each layer gets, 3, 4 or 8, within the same bytes: from a scan of what "
+    "rounding each does."
 }
 UNITS = {"kl": "{:.4g}", "tokens_per_s": "{:.1f}", "joules": "{:.3g}"}
 
@@ -191,14 +192,12 @@ def search_form(lab: Lab, draft: Draft) -> None:
                     on_change=take_knob,
                     args=(index, key),
                 )
-            elif one.field:
-                whole = passes()[one.technique].model_fields[one.field].annotation is int
-                full = knob_of(one.technique, one.field)
-                kind = int if whole else float
+            elif one.field or one.weighs:
+                low, high, kind = reach(one)
                 st.slider(
                     label,
-                    kind(full.low or 0),
-                    kind(full.high or 1),
+                    kind(low),
+                    kind(high),
                     key=bound(key, (kind(one.low or 0), kind(one.high or 1))),
                     on_change=take_knob,
                     args=(index, key),
@@ -229,6 +228,15 @@ def search_form(lab: Lab, draft: Draft) -> None:
     )
 
 
+def reach(one: Knob) -> tuple[float, float, type[int] | type[float]]:
+    """Return the least and greatest setting that a knob with a range could have, and their kind."""
+    if one.weighs:
+        return -WEIGHT, WEIGHT, float
+    full = knob_of(one.technique, one.field)
+    whole = passes()[one.technique].model_fields[one.field].annotation is int
+    return full.low or 0, full.high or 1, int if whole else float
+
+
 def choice_name(value: Any) -> str:
     """Return a choice for a person."""
     if isinstance(value, bool):
@@ -238,6 +246,8 @@ def choice_name(value: Any) -> str:
 
 def title_of(one: Knob) -> str:
     """Return what a knob turns, for a person."""
+    if one.weighs:
+        return f"damage of {shown.escaped(one.layers)} counts, doublings"
     if one.layers:
         return f"bits of {shown.escaped(one.layers)}"
     if not one.field:
@@ -347,6 +357,9 @@ def _results(run: Run, result: Mapping[str, Any]) -> None:
                 disabled=not run.state.final,
                 help="Makes and keeps it, and measures a quick proof on the page Optimize.",
             )
+    if uniform := result.get("uniform"):
+        values = " · ".join(told(name, value) for name, value in uniform["values"].items())
+        st.caption(f"The same bits for all layers: {shown.escaped(values)}")
     if st.session_state.get("tune_made"):
         st.page_link(links.OPTIMIZE, label="See it made and proven", icon=":material/bolt:")
     left, right = st.columns(2)

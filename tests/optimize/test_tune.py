@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ import pytest
 
 from gptcore.catalogue import Catalogue
 from gptcore.host.worker import Watcher, Worker
+from gptcore.optimize.bits import BitScan, weighed
+from gptcore.optimize.spaces import space
 from gptcore.optimize.tune import Knob, Limits, Tune, storage_file
+from gptcore.passes.mixed_bits import MixedBits
+from gptcore.passes.sensitivity import Damage
 from gptcore.recipe import Recipe
 from gptcore.records import Run, RunState, new_id, now
 from tests.tiny import tiny_checkpoint
 
 SPARSITY = Knob(technique="prune", field="sparsity", low=0.1, high=0.9)
 METHOD = Knob(technique="prune", field="method", choices=("magnitude",))
+
+
+SCAN = BitScan(effective_bits=5.0, group=32)
+"""As many bits as 4 in groups of 32 take: the tiny model's columns come in 32."""
 
 
 @pytest.fixture
@@ -153,3 +162,92 @@ def test_a_study_of_other_objectives_is_refused(catalogue: Catalogue) -> None:
 def test_a_knob_that_turns_nothing_is_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Knob(**wrong)
+
+
+def bits(catalogue: Catalogue, **changes: Any) -> Tune:
+    """Return a search of the bits of each layer."""
+    searched = space("bits", catalogue.variant("tiny", threads=1).spec)
+    given = {"knobs": searched.knobs, "start": searched.start, "scan": SCAN, "trials": 4}
+    trials = catalogue.variant("tiny", precision="bf16", threads=1)
+    return work(catalogue, variant=trials, objectives=("kl",), study="bits", **given | changes)
+
+
+def dealt(trial: dict[str, Any]) -> MixedBits:
+    (one,) = Recipe.model_validate(trial["recipe"]).passes
+    assert isinstance(one, MixedBits)
+    return one
+
+
+def test_a_search_of_bits_begins_with_the_scan_and_keeps_to_its_bytes(
+    catalogue: Catalogue,
+) -> None:
+    """Weights of four doublings turn the order of the layers round, so trials differ."""
+    told = found(performed(catalogue, bits(catalogue)))
+    uniform, trials = told["uniform"], told["trials"]
+    assert dealt(uniform) == MixedBits(bits=4, group=32)
+    assert set(trials[0]["settings"].values()) == {0.0}
+    recipes = {json.dumps(one["recipe"]) for one in trials}
+    assert len(recipes) > 1
+    for one in trials:
+        assert one["problem"] is None
+        assert one["values"]["stored_bytes"] <= uniform["values"]["stored_bytes"]
+    assert told["winner"]["values"]["kl"] == min(one["values"]["kl"] for one in trials)
+
+
+def test_a_study_of_bits_that_goes_on_is_not_scanned_again(catalogue: Catalogue) -> None:
+    phases: list[str] = []
+    watcher = Watcher(on_phase=lambda phase, progress: phases.append(phase))
+    first = found(performed(catalogue, bits(catalogue, trials=1), watcher))
+    assert "scanning the layers" in phases
+    phases.clear()
+    again = found(performed(catalogue, bits(catalogue, trials=2), watcher))
+    assert "scanning the layers" not in phases
+    assert again["trials"][0] == first["trials"][0]
+    other = bits(catalogue, trials=3, scan=SCAN.model_copy(update={"tokens": 512}))
+    found(performed(catalogue, other, watcher))
+    assert "scanning the layers" in phases
+
+
+def test_damages_are_doubled_where_a_pattern_fits() -> None:
+    damages = (Damage("blocks.0.mlp.down", 3, 0.5), Damage("head", 3, 0.25))
+    weights = {"*.mlp.down": 1.0, "blocks.0.*": 2.0, "head": -1.0}
+    assert [one.kl for one in weighed(damages, weights)] == [4.0, 0.125]
+
+
+def test_what_counts_more_gets_no_fewer_bits(catalogue: Catalogue) -> None:
+    spec = catalogue.variant("tiny", threads=1).spec
+    first, last = "blocks.0.mlp.gate", "blocks.1.mlp.gate"
+    damages = [
+        Damage(name, bits, size * 4.0 ** (3 - bits))
+        for name, size in ((first, 1.0), (last, 100.0), ("blocks.0.mlp.up", 0.1))
+        for bits in (3, 4, 8)
+    ]
+    for_one = SCAN.model_copy(update={"effective_bits": 4.5})  # three of 3 bits take 4 each
+    as_scanned = for_one.deal(damages, spec, {})
+    turned = for_one.deal(damages, spec, {"blocks.0.*": 12.0})
+    assert as_scanned.bits_of(first) < as_scanned.bits_of(last)
+    assert turned.bits_of(first) > turned.bits_of(last)
+
+
+@pytest.mark.parametrize(
+    ("scan", "uniform"),
+    [
+        (BitScan(), MixedBits(bits=4, group=64)),
+        (BitScan(effective_bits=4.49), MixedBits(bits=3, group=64)),
+        (BitScan(effective_bits=8.0, group=32), MixedBits(bits=8, group=32)),
+        (BitScan(effective_bits=3.0), None),
+    ],
+)
+def test_uniform_bits_are_as_many_as_they_may_take(
+    scan: BitScan, uniform: MixedBits | None
+) -> None:
+    assert scan.uniform() == uniform
+
+
+def test_layers_with_choices_beside_layers_with_weights_are_refused(catalogue: Catalogue) -> None:
+    knobs = (
+        Knob(technique="mixed_bits", layers="*.mlp.down", choices=(4, 8)),
+        Knob(technique="mixed_bits", layers="head", low=-1.0, high=1.0),
+    )
+    with pytest.raises(ValueError, match="bits are dealt out to all layers or to none"):
+        work(catalogue, knobs=knobs)

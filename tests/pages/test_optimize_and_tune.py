@@ -141,6 +141,19 @@ def test_a_search_runs_and_its_winner_becomes_a_variant(lab: Lab) -> None:
     assert made.result["name"] == "tiny-tuned"
 
 
+def test_bits_are_searched_by_how_much_damages_count(lab: Lab) -> None:
+    """What a person sets on a slider is the knob's range in what is then searched."""
+    test = page("lab/tune.py", t=pack(Search(space="bits").model_dump(mode="json")))
+    down = next(one for one in test.slider if str(one.key).endswith("*.mlp.down"))
+    assert "counts, doublings" in str(down.label)
+    assert down.value == (-3.0, 3.0)
+    down.set_value((0.0, 2.0)).run()
+    assert not test.exception
+    knobs = {one.layers: one for one in test.session_state["tune"].knobs}
+    assert (knobs["*.mlp.down"].low, knobs["*.mlp.down"].high) == (0.0, 2.0)
+    assert knobs["*.mlp.up"].low == -3.0
+
+
 def test_a_search_of_nothing_is_refused(lab: Lab) -> None:
     test = page("lab/tune.py")
     for key in [one.key for one in test.button if str(one.key).startswith("remove_knob_")][:3]:

@@ -104,26 +104,38 @@ def test_a_recipe_says_all() -> None:
     assert hash(one) == hash(one.model_copy())
 
 
-def test_a_scan_measures_what_the_pass_does() -> None:
-    """The damage of one layer against a model in which the pass packed that layer alone.
+def rounded_alone(name: str, bits: int) -> nn.Module:
+    """Return the model in which one layer is rounded and all others are exact."""
+    other = made(LLAMA, "fp32", std=0.1)
+    linear = other.get_submodule(name)
+    numbers = MixedBits(bits=bits).format(name).grid().quantize(linear.weight)
+    alone = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    alone.weight = nn.Parameter(numbers.dequantized(), requires_grad=False)
+    parent, _, child = name.rpartition(".")
+    setattr(other.get_submodule(parent), child, alone)
+    return other
 
-    The scan multiplies in fp32 what the packed layer multiplies in bf16: a tenth is left for that.
+
+def test_a_scan_expects_what_rounding_a_layer_does() -> None:
+    """Against the divergence of the model in which that layer alone was rounded.
+
+    With 512 sequences a damage is known to ± 6 %; at 4 bits the changes are small enough that
+    what goes beyond the second order is less than that.
     """
-    model, ids = made(LLAMA, "fp32", std=0.1), text(LLAMA)[:4]
-    found = scan(model, ids, bits=(3, 8), group=64)
-    assert len(found) == len(NAMES) * 2
+    model = made(LLAMA, "fp32", std=0.1)
+    ids = torch.randint(LLAMA.vocabulary, (512, 8), generator=torch.Generator().manual_seed(3))
+    found = scan(model, ids, bits=(3, 4, 8), group=64)
+    assert [(one.layer, one.bits) for one in found] == [(n, b) for n in NAMES for b in (3, 4, 8)]
     known = {(one.layer, one.bits): one.kl for one in found}
-    for name in ("blocks.0.attention.v", "blocks.1.mlp.down", "head"):
-        other = made(LLAMA, "fp32", std=0.1)
-        linear = other.get_submodule(name)
-        form = MixedBits(bits=3).format(name)
-        numbers = form.grid().quantize(linear.weight)
-        alone = nn.Linear(linear.in_features, linear.out_features, bias=False)
-        alone.weight = nn.Parameter(numbers.dequantized(), requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(other.get_submodule(parent), child, alone)
-        assert known[name, 3] == pytest.approx(kl(model, other, ids), rel=0.01)
-        assert known[name, 8] < 0.1 * known[name, 3]
+    for name in NAMES:
+        assert known[name, 4] == pytest.approx(kl(model, rounded_alone(name, 4), ids), rel=0.3)
+        assert known[name, 8] < 0.1 * known[name, 4] < known[name, 3]
+
+
+def test_a_scan_is_the_same_for_the_same_seed() -> None:
+    model, ids = made(LLAMA, "fp32", std=0.1), text(LLAMA)[:2]
+    assert scan(model, ids, bits=(4,)) == scan(model, ids, bits=(4,))
+    assert scan(model, ids, bits=(4,), seed=1) != scan(model, ids, bits=(4,))
 
 
 def test_a_scan_leaves_the_model_as_it_was() -> None:
@@ -151,7 +163,7 @@ def test_a_scan_that_is_stopped_leaves_the_model_as_it_was() -> None:
     with pytest.raises(Cancelled):
         scan(model, ids, bits=(4,), progress=stop)
     assert dict(model.named_modules()) == modules
-    assert not [one for one in model.modules() if "forward" in vars(one)]
+    assert not [one for one in model.modules() if one._forward_hooks]
 
 
 def test_groups_that_do_not_divide_are_left_out_of_a_scan() -> None:
