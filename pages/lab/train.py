@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import streamlit as st
@@ -17,12 +18,16 @@ from pages.parts.kept import Kept
 from pages.parts.services import lab as shared_lab
 from pages.parts.settings import bound
 from pages.parts.shown_run import PAUSE, Shown
+from pages.parts.train_charts import SECONDS, STEPS
 
 TICK_S = 1.0
 TRAINING = Shown("train_run", "training", "training", (RunKind.TRAIN,))
 CORPUS = "the corpus that ships"
+MOST_LISTED, MOST_BESIDE = 50, 6
 FIRST = ("steps", "batch", "learning_rate", "precision", "validate_every", "sample_tokens")
 """Settings that stand in sight; the others are a click away."""
+TAUGHT = ("teaching_ratio", "teaching_temperature", "teaching_top", "hidden_ratio")
+"""Settings that mean something where there is a teacher."""
 SHAPE = ("layers", "width", "heads", "context")
 STARTING = Order(
     settings=Training(steps=1000, sample_tokens=80, validate_every=100, validation_windows=50)
@@ -78,6 +83,11 @@ def upload() -> None:
         settings.say(str(error))
 
 
+def take_model(field: str) -> None:
+    """Take the model to begin with, or the teacher."""
+    change(**{field: st.session_state[f"order_{field}"] or ""})
+
+
 def start() -> None:
     """Train."""
     lab, chosen = shared_lab(), settings.current()
@@ -85,7 +95,10 @@ def start() -> None:
     if not order.text and not lab.has_corpus():
         settings.say("There is nothing to learn from: add a text first.")
         return
-    if not order.text and order.tokenizer == "char":  # the corpus has an end of text to learn
+    own = not (order.start or order.teacher)  # else the tokenizer is that model's
+    if (
+        own and not order.text and order.tokenizer == "char"
+    ):  # the corpus has an end of text to learn
         order = order.model_copy(update={"tokenizer": "bpe"})
     try:
         run_id = lab.train(
@@ -142,26 +155,49 @@ def order_form(lab: Lab, order: Order) -> None:
             on_change=take_text,
             format_func=lambda one: one or "add a text first",
         )
-        st.selectbox(
-            "Tokenizer",
-            ("char", "bpe"),
-            key=bound("order_tokenizer", order.tokenizer),
-            on_change=take_field,
-            args=("order_tokenizer", "tokenizer"),
-            help=Order.model_fields["tokenizer"].description,
-            width=140,
-        )
+        if not (order.start or order.teacher):
+            st.selectbox(
+                "Tokenizer",
+                ("char", "bpe"),
+                key=bound("order_tokenizer", order.tokenizer),
+                on_change=take_field,
+                args=("order_tokenizer", "tokenizer"),
+                help=Order.model_fields["tokenizer"].description,
+                width=140,
+            )
     st.file_uploader(
         "Add a text (UTF-8, at most 4 MiB)",
         type=["txt", "md"],
         key="train_upload",
         on_change=upload,
     )
-    form(order, SHAPE, "order", take_field)
-    form(order.settings, FIRST, "training", take_setting)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        model_of(lab, order, "start", "a fresh model")
+        model_of(lab, order, "teacher", "no teacher")
+    if order.start:
+        st.caption(f"Shape and tokenizer are those of {shown.escaped(order.start)}.")
+    else:
+        form(order, SHAPE, "order", take_field)
+    first = (*FIRST, *(TAUGHT if order.teacher else ()))
+    form(order.settings, first, "training", take_setting)
     with st.expander("More settings", icon=":material/tune:"):
-        rest = [name for name in Training.model_fields if name not in FIRST]
+        rest = [name for name in Training.model_fields if name not in (*first, *TAUGHT)]
         form(order.settings, rest, "training", take_setting)
+
+
+def model_of(lab: Lab, order: Order, field: str, none: str) -> None:
+    """Draw the choice of a model with weights, or of none."""
+    names = [one.name for one in lab.models() if one.kind != "random" and one.problem is None]
+    chosen = getattr(order, field)
+    st.selectbox(
+        str(Order.model_fields[field].title),
+        ["", *names, *([chosen] if chosen and chosen not in names else [])],
+        key=bound(f"order_{field}", chosen),
+        on_change=take_model,
+        args=(field,),
+        format_func=lambda one: one or none,
+        help=Order.model_fields[field].description,
+    )
 
 
 def training(lab: Lab) -> None:
@@ -193,17 +229,26 @@ def _training(lab: Lab, found: Snapshot) -> None:
     if not steps:
         return
     numbers(events)
-    st.plotly_chart(train_charts.loss(events), key="train_loss", config={"displayModeBar": False})
-    columns = st.columns(3)
-    for column, (name, title) in zip(
-        columns,
-        (
-            ("learning_rate", "Learning rate"),
-            ("gradient_norm", "Gradient norm"),
-            ("tokens_per_s", "Tokens/s"),
-        ),
-        strict=True,
-    ):
+    others = beside(lab, run)
+    by = STEPS
+    if others:
+        by = st.segmented_control(
+            "Along", (STEPS, SECONDS), default=STEPS, required=True, label_visibility="collapsed"
+        )
+    trainings = {label_of(run): events, **{label_of(o): lab.training_events(o) for o in others}}
+    st.plotly_chart(
+        train_charts.loss(trainings, by=by), key="train_loss", config={"displayModeBar": False}
+    )
+    if others:
+        against(trainings)
+    curves = [
+        ("learning_rate", "Learning rate"),
+        ("gradient_norm", "Gradient norm"),
+        ("tokens_per_s", "Tokens/s"),
+    ]
+    if steps[-1].teaching is not None:
+        curves.append(("teaching", "KL to the teacher"))
+    for column, (name, title) in zip(st.columns(len(curves)), curves, strict=True):
         column.plotly_chart(
             train_charts.curve(events, name, title),
             key=f"train_{name}",
@@ -217,6 +262,69 @@ def _training(lab: Lab, found: Snapshot) -> None:
     for one in (written[-1:] + written[:-1][::-1])[:4]:
         st.caption(f"step {one.step:,}, validation loss {one.loss:.3f}")
         st.text(one.sample)
+
+
+def beside(lab: Lab, run: Run) -> list[Run]:
+    """Draw the choice of trainings to hold this one against, and return them."""
+    found = {
+        one.id: one
+        for one in lab.runs(kind=RunKind.TRAIN, limit=MOST_LISTED)
+        if one.id != run.id and lab.training_events(one)
+    }
+    if not found:
+        return []
+    chosen = st.multiselect(
+        "Beside",
+        list(found),
+        key="train_beside",
+        format_func=lambda one: label_of(found[one]) if one in found else one,
+        placeholder="Other trainings, on the same chart",
+        max_selections=MOST_BESIDE,
+        label_visibility="collapsed",
+    )
+    return [found[one] for one in chosen if one in found]
+
+
+def label_of(run: Run) -> str:
+    """Return what a training is called beside others."""
+    asked = run.settings["order"]["settings"]
+    return f"{run.model} · {asked['precision']} · seed {asked['seed']} · {run.id[:4]}"
+
+
+def against(trainings: Mapping[str, Sequence[Event]]) -> None:
+    """Draw where trainings came, each against the first."""
+    rows: list[dict[str, Any]] = []
+    first_loss = first_speed = None
+    for name, events in trainings.items():
+        held = [one.loss for one in events if isinstance(one, Validated)]
+        best = min(held, default=None)
+        speed = median(one.tokens_per_s for one in events if isinstance(one, Stepped))
+        first_loss, first_speed = first_loss or best, first_speed or speed
+        rows.append(
+            {
+                "Training": name,
+                "Best validation": best,
+                "Times the first's loss": best / first_loss if best and first_loss else None,
+                "Tokens/s": speed,
+                "Times its speed": speed / first_speed,
+            }
+        )
+    number = st.column_config.NumberColumn
+    st.dataframe(
+        rows,
+        hide_index=True,
+        placeholder=shown.UNKNOWN,
+        column_config={
+            "Best validation": number(format="%.4f"),
+            "Times the first's loss": number(format="%.4f"),
+            "Tokens/s": number(format="%,.0f"),
+            "Times its speed": number(format="%.2f"),
+        },
+    )
+    st.caption(
+        "Median speed of all steps. Losses are comparable where text, tokenizer and validation "
+        "windows are the same."
+    )
 
 
 def _ended(run: Run) -> None:

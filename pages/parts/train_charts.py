@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from gptcore.lab import Event, Stepped, Validated
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MOST_POINTS = 1000
+STEPS, SECONDS = "Steps", "Seconds of computing"
 
 
 def thinned(events: Sequence[Stepped]) -> list[Stepped]:
@@ -24,31 +26,50 @@ def thinned(events: Sequence[Stepped]) -> list[Stepped]:
     return found
 
 
-def loss(events: Sequence[Event]) -> go.Figure:
-    """Draw the loss of every step and of every validation."""
-    steps = thinned([one for one in events if isinstance(one, Stepped)])
-    held = [one for one in events if isinstance(one, Validated)]
-    first, second = colors()[:2]
-    made = figure(300, xaxis={"title": "Step"}, yaxis={"title": "Loss, nats a token"})
+def loss(trainings: Mapping[str, Sequence[Event]], *, by: str = STEPS) -> go.Figure:
+    """Draw the loss of every validation of some trainings, and of every step of the first.
+
+    Args:
+        trainings: what each told, by its name.
+        by: ``STEPS``, or ``SECONDS`` of computing.
+    """
+    made = figure(300, xaxis={"title": by}, yaxis={"title": "Loss, nats a token"})
     made.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.12})
-    made.add_scatter(
-        x=[one.step for one in steps],
-        y=[one.loss for one in steps],
-        name="training",
-        mode="lines",
-        line={"color": first, "width": 1},
-        opacity=0.6,
-        hovertemplate="step %{x}: %{y:.4f}<extra>training</extra>",
-    )
-    made.add_scatter(
-        x=[one.step for one in held],
-        y=[one.loss for one in held],
-        name="validation",
-        mode="lines+markers",
-        line={"color": second, "width": 2},
-        hovertemplate="step %{x}: %{y:.4f}<extra>validation</extra>",
-    )
+    unit = "step %{x:,}" if by == STEPS else "%{x:.1f} s"
+    marks = [*colors(), *colors()]
+    for at, (name, events) in enumerate(trainings.items()):
+        place = places(events, by)
+        if at == 0:
+            steps = thinned([one for one in events if isinstance(one, Stepped)])
+            made.add_scatter(
+                x=[place[one.step] for one in steps],
+                y=[one.loss for one in steps],
+                name="training",
+                mode="lines",
+                line={"color": marks[0], "width": 1},
+                opacity=0.6,
+                hovertemplate=f"{unit}: %{{y:.4f}}<extra>training</extra>",
+            )
+        held = [one for one in events if isinstance(one, Validated) and one.step in place]
+        label = "validation" if len(trainings) == 1 else name
+        made.add_scatter(
+            x=[place[one.step] for one in held],
+            y=[one.loss for one in held],
+            name=label,
+            mode="lines+markers",
+            line={"color": marks[1 + at % (len(marks) - 1)], "width": 2},
+            hovertemplate=f"{unit}: %{{y:.4f}}<extra>{label}</extra>",
+        )
     return made
+
+
+def places(events: Sequence[Event], by: str) -> dict[int, float]:
+    """Return where each step stands: its number, or the seconds of computing until its end."""
+    steps = [one for one in events if isinstance(one, Stepped)]
+    if by == STEPS:
+        return {one.step: float(one.step) for one in steps}
+    ends = accumulate(one.seconds for one in steps)
+    return {one.step: end for one, end in zip(steps, ends, strict=True)}
 
 
 def curve(events: Sequence[Event], name: str, title: str) -> go.Figure:

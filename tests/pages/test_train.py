@@ -126,9 +126,50 @@ def test_wrong_orders_are_one_sentence_and_keep_what_was_typed(lab: Lab) -> None
     assert test.session_state["train_order"].heads == 3
 
 
-def test_without_a_text_there_is_nothing_to_learn(lab: Lab) -> None:
-    test = page(lab)
-    if not lab.has_corpus():
-        clicked(test, "Train")
-        assert "There is nothing to learn from: add a text first." in words(test)
+def test_a_student_learns_from_a_teacher_and_stands_beside_its_control(lab: Lab) -> None:
+    lab.train(small(lab, steps=40), "teacher", threads=1)
+    ended(lab, RunState.DONE)
+    test = page(lab, small(lab))
+    test.selectbox(key="order_teacher").set_value("teacher").run()
+    assert not any(one.key == "order_tokenizer" for one in test.selectbox)
+    test.text_input(key="train_name").set_value("student").run()
+    clicked(test, "Train")
+    student = ended(lab, RunState.DONE, 2)
+    assert student.settings["order"]["teacher"] == "teacher"
+    test.slider(key="training_teaching_ratio").set_value(0.0).run()
+    test.text_input(key="train_name").set_value("control").run()
+    clicked(test, "Train")
+    control = ended(lab, RunState.DONE, 3)
+    test.run()
+    test.multiselect(key="train_beside").select(student.id).run()
+    assert not test.exception
+    table = test.dataframe[0].value
+    assert [one.partition(" ")[0] for one in table["Training"]] == ["control", "student"]
+    best = [
+        min(one.loss for one in lab.training_events(run) if isinstance(one, Validated))
+        for run in (control, student)
+    ]
+    assert list(table["Best validation"]) == pytest.approx(best)
+    assert table["Times the first's loss"][1] == pytest.approx(best[1] / best[0])
+
+
+def test_a_model_to_begin_with_brings_its_shape(lab: Lab) -> None:
+    lab.train(small(lab), "first", threads=1)
+    ended(lab, RunState.DONE)
+    test = page(lab, small(lab))
+    test.selectbox(key="order_start").set_value("first").run()
+    assert "Shape and tokenizer are those of first" in words(test)
+    assert not any(one.key == "order_layers" for one in test.number_input)
+    clicked(test, "Train")
+    again = ended(lab, RunState.DONE, 2)
+    assert again.settings["order"]["start"] == "first"
+    assert lab.catalogue.entry(again.model).spec == lab.catalogue.entry("first").spec
+
+
+def test_without_a_text_there_is_nothing_to_learn(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lab, "has_corpus", lambda self: False)
+    test = clicked(page(lab), "Train")
+    assert "There is nothing to learn from: add a text first." in words(test)
     assert "There is no training abc" in words(page(lab, training="abc"))
