@@ -23,6 +23,8 @@ from pages.parts.train_charts import SECONDS, STEPS
 TICK_S = 1.0
 TRAINING = Shown("train_run", "training", "training", (RunKind.TRAIN,))
 CORPUS = "the corpus that ships"
+UPLOAD_MB = 4
+"""What ``add_text`` takes."""
 MOST_LISTED, MOST_BESIDE = 50, 6
 FIRST = ("steps", "batch", "learning_rate", "precision", "validate_every", "sample_tokens")
 """Settings that stand in sight; the others are a click away."""
@@ -168,6 +170,7 @@ def order_form(lab: Lab, order: Order) -> None:
     st.file_uploader(
         "Add a text (UTF-8, at most 4 MiB)",
         type=["txt", "md"],
+        max_upload_size=UPLOAD_MB,
         key="train_upload",
         on_change=upload,
     )
@@ -303,10 +306,10 @@ def against(trainings: Mapping[str, Sequence[Event]]) -> None:
         rows.append(
             {
                 "Training": name,
-                "Best validation": best,
-                "Times the first's loss": best / first_loss if best and first_loss else None,
+                "Validation": best,
+                "÷ first": best / first_loss if best and first_loss else None,
                 "Tokens/s": speed,
-                "Times its speed": speed / first_speed,
+                "× speed": speed / first_speed,
             }
         )
     number = st.column_config.NumberColumn
@@ -315,15 +318,15 @@ def against(trainings: Mapping[str, Sequence[Event]]) -> None:
         hide_index=True,
         placeholder=shown.UNKNOWN,
         column_config={
-            "Best validation": number(format="%.4f"),
-            "Times the first's loss": number(format="%.4f"),
+            "Validation": number(format="%.4f"),
+            "÷ first": number(format="%.4f"),
             "Tokens/s": number(format="%,.0f"),
-            "Times its speed": number(format="%.2f"),
+            "× speed": number(format="%.2f"),
         },
     )
     st.caption(
-        "Median speed of all steps. Losses are comparable where text, tokenizer and validation "
-        "windows are the same."
+        "The best validation loss and the median speed of all steps, each held against the first "
+        "row's. Losses are comparable where text, tokenizer and validation windows are the same."
     )
 
 

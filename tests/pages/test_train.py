@@ -149,8 +149,8 @@ def test_a_student_learns_from_a_teacher_and_stands_beside_its_control(lab: Lab)
         min(one.loss for one in lab.training_events(run) if isinstance(one, Validated))
         for run in (control, student)
     ]
-    assert list(table["Best validation"]) == pytest.approx(best)
-    assert table["Times the first's loss"][1] == pytest.approx(best[1] / best[0])
+    assert list(table["Validation"]) == pytest.approx(best)
+    assert table["÷ first"][1] == pytest.approx(best[1] / best[0])
 
 
 def test_a_model_to_begin_with_brings_its_shape(lab: Lab) -> None:
