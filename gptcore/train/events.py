@@ -172,8 +172,8 @@ def mlflow(
         raise InvalidInput(
             "MLflow's client is not installed: pip install mlflow-skinny, or leave --mlflow out."
         ) from None
-    client = MlflowClient()
     try:
+        client = MlflowClient()
         known = client.get_experiment_by_name(EXPERIMENT)
         experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT)
         run = client.create_run(experiment, run_name=name).info.run_id
