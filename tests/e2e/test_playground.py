@@ -234,6 +234,21 @@ def test_two_sessions_write_at_once_and_each_keeps_its_own(server: Server, visit
     assert run_of(one) != run_of(two)
 
 
+def test_two_sessions_share_one_engine(server: Server, visit: Visit):
+    pages = [
+        open_playground(server, visit, model=STEADY, max_new_tokens=LONG, seed=seed)
+        for seed in (1, 2)
+    ]
+    for page, prompt in zip(pages, ("The first", "The second"), strict=True):
+        begin(page, prompt)
+    for page in pages:
+        expect(page.get_by_role("button", name="Stop")).to_be_enabled()
+        page.get_by_role("button", name="Stop").click()
+    for page in pages:
+        ended(page)
+        expect(page.get_by_text("side by side with one other text")).to_be_visible()
+
+
 PAYLOADS = (
     "<script>window.hit = 1</script>",
     "<img src=x onerror='window.hit = 1'>",
