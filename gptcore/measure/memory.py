@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,10 @@ def trim_heap() -> None:
 
 
 MADV_DONTNEED = 4
+UNWRITTEN = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) .* (?P<file>/.*)\n(?:[A-Z].*\n)*?Anonymous: +0 kB$", re.MULTILINE
+)
+"""A file's mapping in smaps, none of whose pages is this process's own."""
 
 
 def drop_mapped_weights(suffix: str = ".safetensors") -> None:
@@ -36,13 +41,9 @@ def drop_mapped_weights(suffix: str = ".safetensors") -> None:
     if not smaps.exists():
         return
     library = ctypes.CDLL(None)
-    begin, end, mapped = 0, 0, False
-    for line in smaps.read_text(errors="replace").splitlines():
-        first, *rest = line.split()
-        if not first.endswith(":"):
-            begin, end = (int(one, 16) for one in first.split("-"))
-            mapped = line.endswith(suffix)
-        elif first == "Anonymous:" and mapped and rest[0] == "0":
+    for found in UNWRITTEN.finditer(smaps.read_bytes()):
+        begin, end = (int(one, 16) for one in found.group(1, 2))
+        if found["file"].endswith(suffix.encode()):
             library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
 
 
