@@ -4,9 +4,11 @@ A step gives every text that is being written its next token. The weights are re
 them, as far as our own library decodes; each text keeps its own cache, sampler, rule and stop
 strings, and gets the bits that it would get alone. Behind the step one prompt of those that wait to
 be read is read on, for as long as the step took, so that the gap between two tokens of the others
-about doubles, where a whole chunk would make it half a second. A prompt is read in the same chunks
-as alone, since the bits of a float model depend on them; what is read at a time is a part of a
-chunk: some blocks of the model, or some tokens where bits do not depend on that.
+about doubles, where a whole chunk would make it half a second. It is the prompt that came first and
+the one that is done soonest in turns: neither a short one nor a long one waits for all others. A
+prompt is read in the same chunks as alone, since the bits of a float model depend on them; what is
+read at a time is a part of a chunk: some blocks of the model, or some tokens where bits do not
+depend on that.
 
 A text that is alone is decoded as ``Generation`` does when it is iterated, guesses ahead included.
 
@@ -77,6 +79,12 @@ class _Text:
         """Whether its prompt is read, and it waits for the logits behind its newest token."""
         return self.asked is not None and self.asked.left is not None
 
+    def left_to_read(self) -> int:
+        """Return how many tokens of its prompt and trunk are not read."""
+        known, one = self.generation.cache, self.generation
+        whole = len(one.prompt_ids) + len(one.request.forced_ids)
+        return whole - (known.length if known else 0)
+
 
 class Batch:
     """Texts of one engine, written side by side.
@@ -96,6 +104,8 @@ class Batch:
         self._texts: list[_Text] = []
         self._waiting: deque[Generation] = deque()
         self._step_s = 0.0
+        self._first_comes = False
+        """Whose turn it was to be read: that of who came first, or of who is done soonest."""
 
     def __len__(self) -> int:
         """How many texts there are, those that wait for room included."""
@@ -187,11 +197,13 @@ class Batch:
                 yield self._answered(one, _cancel)
 
     def _read_on(self) -> Iterator[Advance]:
-        """Read on in the first prompt that is not read: as long as a step, if others write."""
+        """Read on in one of the prompts that are not read: as long as a step, if others write."""
         unread = [one for one in self._texts if not one.is_writing]
         if not unread:
             return
-        text, model, clock = unread[0], self._engine.model, self._engine.clock
+        self._first_comes = not self._first_comes
+        text = unread[0] if self._first_comes else min(unread, key=_Text.left_to_read)
+        model, clock = self._engine.model, self._engine.clock
         assert text.asked is not None
         if text.pieces is None and len(unread) == len(self._texts):
             yield self._answered(text, partial(read_asked, model, text.asked))

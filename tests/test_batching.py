@@ -188,6 +188,32 @@ def test_every_text_gets_a_token_a_step_while_a_long_prompt_is_read(path: str) -
     assert steps >= 6  # seven chunks of 32 tokens, several pieces each
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_a_long_one_for_many_short() -> None:
+    engine = engine_of()
+    engine.clock = ticking()
+    batch = Batch(engine, budget_bytes=PLENTY)
+    writer = engine.start(asked(max_new_tokens=200))
+    batch.add(writer)
+    while writer.new_tokens == 0:
+        list(batch.step())
+    long = engine.start(asked("l" * 220, max_new_tokens=2))
+    short = engine.start(asked("s" * 10, max_new_tokens=2))
+    batch.add(long)
+    batch.add(short)
+    begun: list[Generation] = []
+    after_short = 0
+    while len(batch) > 1:
+        for advance in batch.step():
+            if advance.tokens and advance.generation not in (*begun, writer):
+                begun.append(advance.generation)
+        if short in begun and long not in begun and after_short < 40:
+            batch.add(engine.start(asked("s" * 10, max_new_tokens=2, seed=after_short)))
+            after_short += 1
+    assert begun[0] is short
+    # Were the shortest always next, the long one would come behind all forty.
+    assert 1 < begun.index(long) < 40
+
+
 def test_reading_takes_no_longer_than_a_step_of_the_others() -> None:
     engine = engine_of()
     now = [0.0]
