@@ -12,7 +12,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -51,7 +52,7 @@ from gptcore.measure.corpora import add_text, own_text_file, texts
 from gptcore.measure.evaluate import Evaluate as Evaluate
 from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
-from gptcore.measure.peaks import known_flops
+from gptcore.measure.peaks import PeakFlops, known_flops
 from gptcore.measure.perplexity import Windowing as Windowing
 from gptcore.measure.rating import Ratings, rate
 from gptcore.measure.report import comparison_page
@@ -129,17 +130,23 @@ ABANDONED_AFTER_S = 15.0
 """A generation that no connected browser session has looked at for so long is cancelled."""
 DEFAULT_CONTEXT_TOKENS = 2048
 """The cache that ``fit`` plans for when nobody says how long a text shall be."""
-MOST_REACHED = {
-    RunKind.BENCH: 500,
-    RunKind.COMPARE: 500,
-    RunKind.REGRESS: 500,
-    RunKind.GENERATE: 1000,
-}
-"""Runs of each kind that are held against the machine's peaks, newest first."""
+HELD_AGAINST_PEAKS = (RunKind.BENCH, RunKind.COMPARE, RunKind.REGRESS, RunKind.GENERATE)
+LONGEST_RUN = timedelta(days=1)
+"""A run that ended since the last look began no longer ago than this."""
 
 log = logging.getLogger(__name__)
 
 Series = Mapping[tuple[str, str], tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(slots=True)
+class _Reaching:
+    """What runs were found to reach, held against these peaks."""
+
+    peaks: tuple[PeakFlops, ...] = ()
+    runs: dict[str, tuple[Reached, ...]] = field(default_factory=dict)
+    until: datetime | None = None
+    """When was looked last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +214,8 @@ class Lab:
         self._watchers: dict[str, set[str]] = {}
         self._seen_at: dict[str, float] = {}
         self._owner = owner()
+        self._reached = _Reaching()
+        self._looking = threading.Lock()
         self._traffic = Traffic(self.queue, time.time)
         self._gpu = gpu_collector()
         self.monitor = Monitor(
@@ -414,24 +423,34 @@ class Lab:
         return self.start(work)
 
     def reached(self) -> tuple[tuple[Reached, ...], int]:
-        """Return what the last runs reached of this machine's measured peaks.
+        """Return what every run reached of this machine's measured peaks.
+
+        What was found of a run is remembered, so that only the first look takes long.
 
         Returns:
             Newest first, and how many runs that were looked at say nothing of it.
         """
-        peaks = known_flops()
-        variants: dict[str, Variant | None] = {}
-        found: list[Reached] = []
-        silent = 0
-        for kind, most in MOST_REACHED.items():
-            for run in self._store.runs(kind=kind, state=RunState.DONE, limit=most):
-                hash = run.variant_hash if run.kind is RunKind.GENERATE else None
-                if hash and hash not in variants:
-                    kept = self._store.variant(hash)
-                    variants[hash] = _variant_of(kept[0]) if kept else None
-                of_run = () if imported(run) else reached(run, variants.get(hash or ""), peaks)
-                found += of_run
-                silent += not of_run
+        with self._looking:
+            kept, peaks, began = self._reached, known_flops(), now()
+            if kept.peaks != peaks:
+                kept = self._reached = _Reaching(peaks)
+            variants: dict[str, Variant | None] = {}
+            for kind in HELD_AGAINST_PEAKS:
+                since = kept.until and kept.until - LONGEST_RUN
+                for run in self._store.runs(
+                    kind=kind, state=RunState.DONE, since=since, limit=None
+                ):
+                    if run.id in kept.runs:
+                        continue
+                    hash = run.variant_hash if run.kind is RunKind.GENERATE else None
+                    if hash and hash not in variants:
+                        definition = self._store.variant(hash)
+                        variants[hash] = _variant_of(definition[0]) if definition else None
+                    known = variants.get(hash or "")
+                    kept.runs[run.id] = () if imported(run) else reached(run, known, peaks)
+            kept.until = began
+        found = [one for some in kept.runs.values() for one in some]
+        silent = sum(not some for some in kept.runs.values())
         return tuple(sorted(found, key=lambda one: one.at, reverse=True)), silent
 
     def baselines(self) -> tuple[str, ...]:

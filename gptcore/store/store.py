@@ -173,7 +173,7 @@ class Store:
         since: datetime | None = None,
         until: datetime | None = None,
         search: str = "",
-        limit: int = 100,
+        limit: int | None = 100,
         offset: int = 0,
     ) -> tuple[Run, ...]:
         """Return runs, newest first.
@@ -186,7 +186,7 @@ class Store:
             until: only runs created before.
             search: only runs whose text, prompt (its first 2,000 characters), model, error or id
                 holds this; upper and lower case are the same (in SQLite, for a to z only).
-            limit: at most so many.
+            limit: at most so many; None is all.
             offset: skip so many first.
         """
         table = tables.runs

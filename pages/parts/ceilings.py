@@ -22,8 +22,14 @@ MOST_ROOFS = 4
 CLOSE = 1.15
 """Two bandwidths nearer to each other than this are one line."""
 MOST_ROWS = 500
+MOST_SVG = 2000
+"""More marks than this are drawn by WebGL, which stays quick."""
 MOST_TOLD = 5
 ERROR = "#d5455a"
+HOVER = (
+    "%{customdata[0]}<br>%{customdata[1]}<br>MBU %{customdata[2]}, MFU %{customdata[3]}<br>"
+    "%{x:.3~g} FLOP a byte, %{y:,.3~s} GFLOP/s<extra></extra>"
+)
 
 
 def ceilings(lab: Lab) -> None:
@@ -116,6 +122,7 @@ def roofline(found: Sequence[Reached]) -> go.Figure:
     _roofs(figure, found, left, right)
     variants = list(dict.fromkeys((one.model, one.precision) for one in found))
     palette = colors()
+    marks = go.Scattergl if len(found) > MOST_SVG else go.Scatter
     for at, (model, precision) in enumerate(variants):
         for what, symbol in SYMBOLS.items():
             mine = [
@@ -125,22 +132,22 @@ def roofline(found: Sequence[Reached]) -> go.Figure:
             ]
             if mine:
                 color = palette[at] if at < len(palette) else GREY
-                figure.add_scatter(
-                    x=[one.intensity for one in mine],
-                    y=[one.flop_per_s / 1e9 for one in mine],
-                    mode="markers",
-                    name=f"{model} {precision}, {what}",
-                    marker={
-                        "color": [ERROR if one.problem else color for one in mine],
-                        "symbol": ["x" if one.problem else symbol for one in mine],
-                        "size": [14 if one.problem else 10 for one in mine],
-                        "opacity": 0.8,
-                        "line": {"width": 1, "color": surface()},
-                    },
-                    customdata=[_hover(one) for one in mine],
-                    hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>MBU %{customdata[2]}, "
-                    "MFU %{customdata[3]}<br>%{x:.3~g} FLOP a byte, %{y:,.3~s} GFLOP/s"
-                    "<extra></extra>",
+                figure.add_trace(
+                    marks(
+                        x=[one.intensity for one in mine],
+                        y=[one.flop_per_s / 1e9 for one in mine],
+                        mode="markers",
+                        name=f"{model} {precision}, {what}",
+                        marker={
+                            "color": [ERROR if one.problem else color for one in mine],
+                            "symbol": ["x" if one.problem else symbol for one in mine],
+                            "size": [14 if one.problem else 10 for one in mine],
+                            "opacity": 0.8,
+                            "line": {"width": 1, "color": surface()},
+                        },
+                        customdata=[_hover(one) for one in mine],
+                        hovertemplate=HOVER,
+                    )
                 )
     figure.update_xaxes(title_text="Intensity, FLOP a byte", type="log", dtick=1)
     figure.update_yaxes(title_text="Reached, GFLOP/s", type="log", dtick=1)
