@@ -62,6 +62,8 @@ from gptcore.measure.statistics import StopRule as StopRule
 from gptcore.measure.statistics import median_interval, summary
 from gptcore.measure.statistics import pairs_for as pairs_for
 from gptcore.measure.tasks import TASK_SETS, kinds_of, named_tasks
+from gptcore.measure.text_diff import difference as difference
+from gptcore.measure.text_diff import first_divergent as first_divergent
 from gptcore.measure.text_scores import PAIR_SETS
 from gptcore.measure.timing import Cell as Cell
 from gptcore.measure.works_quality import Tasks as Tasks

@@ -16,7 +16,8 @@ from gptcore.device import Placement, cores
 from gptcore.errors import InvalidInput
 from gptcore.passes.base import Pass, Stage
 from gptcore.passes.quantize import Int4, Int8
-from gptcore.recipe import SHORTHANDS, Recipe, Variant, place
+from gptcore.passes.registry import passes
+from gptcore.recipe import SHORTHANDS, Calibration, Recipe, Variant, place, recipe_from_text
 from gptcore.spec import GPT2, ModelSpec, gpt
 from tests.conftest import ROOT
 
@@ -243,3 +244,31 @@ def test_a_recipe_reads_as_its_passes() -> None:
 def test_what_is_no_recipe_is_refused(value: Any) -> None:
     with pytest.raises((ValidationError, InvalidInput)):
         Recipe.model_validate({"passes": value})
+
+
+@pytest.mark.parametrize("name", sorted(passes()))
+def test_every_pass_is_written_and_read_back(name: str) -> None:
+    assert recipe_from_text(Recipe(passes=(passes()[name](),)).as_text()).passes[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        (Recipe(), ""),
+        (Recipe(passes=(Int8(),)), "int8"),
+        (Recipe(passes=(Int4(group=32),)), "int4(group=32)"),
+        (
+            recipe_from_text("drop_layers(chosen=[1, 3]), int8"),
+            "drop_layers(chosen=[1, 3]), int8",
+        ),
+        (Recipe(passes=(Int8(),), calibration=Calibration(hash="sha256:1")), "int8"),
+    ],
+)
+def test_a_recipe_is_written_as_a_person_would(recipe: Recipe, text: str) -> None:
+    assert recipe.as_text() == text
+    assert recipe_from_text(text).passes == recipe.passes
+
+
+def test_a_recipe_with_a_text_of_its_own_is_written_with_it() -> None:
+    recipe = Recipe(passes=(Int8(),), calibration=Calibration(text="mine", tokens=64))
+    assert recipe_from_text(recipe.as_text()) == recipe

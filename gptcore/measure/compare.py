@@ -190,7 +190,7 @@ class Compare(Work):
                 "metric": metric,
                 **asdict(comparison),
                 "half_width": comparison.half_width,
-                "sentence": comparison.sentence,
+                "sentence": comparison.told_of(SIDES[side]),
             }
             for (one, side, metric, _), comparison in zip(found, corrected, strict=True)
         ]

@@ -103,8 +103,8 @@ def require_same_tokens(a: Tokenizer, b: Tokenizer) -> None:
         )
 
 
-def paired(passage: Passage, a: Logits, b: Logits) -> Iterator[Paired]:
-    """Yield every window under both variants, a chunk of each in memory at a time.
+def paired(passage: Passage, a: Logits, *others: Logits) -> Iterator[tuple[Paired, ...]]:
+    """Yield every window under A and each other variant, a chunk of each in memory at a time.
 
     Raises:
         InvalidInput: they have different vocabularies.
@@ -112,27 +112,28 @@ def paired(passage: Passage, a: Logits, b: Logits) -> Iterator[Paired]:
     """
     for window in passage.windows:
         ids, first = passage.model_ids(window), passage.first_logits(window)
-        yield _window(passage, window, zip(a(ids, first), b(ids, first), strict=True))
+        chunks = zip(*(one(ids, first) for one in (a, *others)), strict=True)
+        yield _window(passage, window, chunks)
 
 
 def alternated(
     passage: Passage,
     open_a: Callable[[], Logits],
-    open_b: Callable[[], Logits],
-    *,
+    *open_others: Callable[[], Logits],
     vocabulary: int,
     held_bytes: int,
-) -> Iterator[Paired]:
-    """Yield what ``paired`` does, bit for bit, for two variants that do not fit together.
+) -> Iterator[tuple[Paired, ...]]:
+    """Yield what ``paired`` does, bit for bit, for variants that do not fit together.
 
     In rounds: one variant's logits for as many windows as ``held_bytes`` hold stay in memory on
-    the CPU, then the other variant is loaded and compared with them, and goes first in the next
-    round. So every round loads once.
+    the CPU, then the others are loaded in turn and compared with them. Of two variants the one
+    that is loaded goes first in the next round, so every round loads once; of more it is always A.
 
     Args:
         passage: the text.
-        open_a: loads A, letting go of B, and returns its logits; B's are not used after that.
-        open_b: likewise.
+        open_a: loads A, letting go of what is loaded, and returns its logits, to be used until
+            another one is loaded.
+        open_others: likewise, each of the others.
         vocabulary: V.
         held_bytes: for the logits that are kept; one window is the least.
     """
@@ -144,39 +145,61 @@ def alternated(
         while count < len(left) and sum(one.end - one.first for one in left[: count + 1]) <= rows:
             count += 1
         round, left = left[:count], left[count:]
-        logits = (open_a if a_first else open_b)()
+        in_turn = (open_a, *open_others) if a_first else (open_others[0], open_a)
+        logits = in_turn[0]()
         kept = [
             [chunk.cpu() for chunk in logits(passage.model_ids(one), passage.first_logits(one))]
             for one in round
         ]
         del logits
-        logits = (open_b if a_first else open_a)()
-        for one in round:
-            fresh = logits(passage.model_ids(one), passage.first_logits(one))
-            both = ((x.to(y.device), y) for x, y in zip(kept.pop(0), fresh, strict=True))
-            yield _window(passage, one, both if a_first else ((y, x) for x, y in both))
-        del logits, fresh, both
-        a_first = not a_first
+        found: list[list[Paired]] = [[] for _ in round]
+        for opened in in_turn[1:]:
+            logits = opened()
+            for number, one in enumerate(round):
+                fresh = logits(passage.model_ids(one), passage.first_logits(one))
+                held = kept[number]
+                if opened is in_turn[-1]:
+                    kept[number] = []
+                both = ((x.to(y.device), y) for x, y in zip(held, fresh, strict=True))
+                found[number] += _window(passage, one, both if a_first else _swapped(both))
+                if opened is in_turn[-1]:
+                    yield tuple(found[number])
+            del logits, fresh, both, held
+        a_first = len(open_others) > 1 or not a_first
 
 
-def _window(passage: Passage, window: Window, chunks: Iterator[tuple[Tensor, Tensor]]) -> Paired:
+def _swapped(pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((b, a) for a, b in pairs)
+
+
+def _window(
+    passage: Passage, window: Window, chunks: Iterator[tuple[Tensor, ...]]
+) -> tuple[Paired, ...]:
+    """Return a window under A, whose logits stand first, and each other variant."""
     import torch
 
-    found, at = [], window.first
-    for a, b in chunks:
-        if a.shape[1] != b.shape[1]:
-            raise InvalidInput(
-                f"The two variants have vocabularies of {a.shape[1]:,} and {b.shape[1]:,} tokens, "
-                "so their predictions cannot be compared: measure each alone."
-            )
+    found: list[list[tuple[Floats, Floats, Floats, NDArray[np.bool_]]]] = []
+    at = window.first
+    for a, *others in chunks:
         targets = torch.from_numpy(passage.ids[at : at + len(a)]).to(a.device)
-        with torch.inference_mode():
-            found.append(compare(a, b, targets))
-        for numbers in found[-1][:3]:
-            require_finite(numbers, at)
+        found.append([])
+        for b in others:
+            if a.shape[1] != b.shape[1]:
+                raise InvalidInput(
+                    f"The variants have vocabularies of {a.shape[1]:,} and {b.shape[1]:,} "
+                    "tokens, so their predictions cannot be compared: measure each alone."
+                )
+            with torch.inference_mode():
+                numbers = compare(a, b, targets)
+            for one in numbers[:3]:
+                require_finite(one, at)
+            found[-1].append(numbers)
         at += len(a)
-    nll_a, nll_b, kl, same_top = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Paired(window, nll_a, nll_b, kl, same_top)
+    pairs = []
+    for side in zip(*found, strict=True):
+        nll_a, nll_b, kl, same_top = (np.concatenate(parts) for parts in zip(*side, strict=True))
+        pairs.append(Paired(window, nll_a, nll_b, kl, same_top))
+    return tuple(pairs)
 
 
 def compare(

@@ -64,6 +64,9 @@ class Evaluate(Work):
     against: Variant | None = Field(
         None, description="B; what it does otherwise than the variant, A, is reported."
     )
+    further: tuple[Variant, ...] = Field(
+        (), max_length=2, description="C and D; held against A likewise, which is measured once."
+    )
     text: str = Field(
         EVALUATION,
         min_length=1,
@@ -85,18 +88,19 @@ class Evaluate(Work):
 
     @model_validator(mode="after")
     def _on_one_device(self) -> Evaluate:
-        if self.against is not None:
-            one, other = self.variant.placement.device, self.against.placement.device
-            if one != other:
-                raise ValueError(
-                    f"the variants are on {one} and {other}, and one evaluation has one device: "
-                    "put both on the same"
-                )
+        if self.further and self.against is None:
+            raise ValueError("there are further variants but no B: give the first of them as B")
+        devices = dict.fromkeys(one.placement.device for one in self.variants_used())
+        if len(devices) > 1:
+            raise ValueError(
+                f"the variants are on {' and '.join(devices)}, and one evaluation has one device: "
+                "put all on the same"
+            )
         return self
 
     def variants_used(self) -> tuple[Variant, ...]:
-        """Return A, and B where there is one."""
-        return (self.variant,) if self.against is None else (self.variant, self.against)
+        """Return A, and those that are held against it."""
+        return (self.variant, *(() if self.against is None else (self.against, *self.further)))
 
     def perform(self, desk: Desk) -> Mapping[str, Any]:
         """Measure, and return the numbers of ``Perplexity`` and ``Divergence`` by name.
@@ -119,16 +123,20 @@ class Evaluate(Work):
             "text_tokens": len(read.ids),
             "call_tokens": call_tokens(self.variant.spec.vocabulary),
         }
-        if self.against is None:
+        others = self.variants_used()[1:]
+        if not others:
             return self._alone(desk, read, about)
-        other, shorter = _read_by(desk, self.against)
-        require_same_tokens(tokenizer, other)
-        require_context(read, shorter, self.against.model)
-        found = self._paired(desk, read, about, self.against)
+        for one in others:
+            other, shorter = _read_by(desk, one)
+            require_same_tokens(tokenizer, other)
+            require_context(read, shorter, one.model)
+            context = min(context, shorter)
+        found = self._paired(desk, read, about)
         if self.prompts:
             desk.partial(found)
-            texts = self._greedy(desk, read, self.against, min(context, shorter))
-            found["greedy"] = texts.as_json()
+            agreed = self._greedy(desk, read, context)
+            for one, texts in zip((found, *found["further"]), agreed, strict=True):
+                one["greedy"] = texts.as_json()
         return found
 
     def _alone(self, desk: Desk, read: Passage, about: dict[str, Any]) -> dict[str, Any]:
@@ -145,66 +153,73 @@ class Evaluate(Work):
         desk.measured("nll_nats_per_token", [float(one.nll.mean()) for one in done])
         return report()
 
-    def _paired(
-        self, desk: Desk, read: Passage, about: dict[str, Any], against: Variant
-    ) -> dict[str, Any]:
-        resident = desk.holds(self.variant) and desk.holds(against)
-        done: list[Paired] = []
+    def _paired(self, desk: Desk, read: Passage, about: dict[str, Any]) -> dict[str, Any]:
+        variants = self.variants_used()
+        resident = all(map(desk.holds, variants))
+        done: list[tuple[Paired, ...]] = []
+
+        def side(number: int, variant: Variant) -> dict[str, Any]:
+            pairs = [one[number] for one in done]
+            other = summary(read, [one.b for one in pairs]).as_json()
+            del other["identity"]
+            differences = divergence(pairs).as_json()
+            del differences["tokens"]
+            return {"against": other | described(variant), **differences, "greedy": None}
 
         def report() -> dict[str, Any]:
-            other = summary(read, [one.b for one in done]).as_json()
-            del other["identity"]
-            differences = divergence(done).as_json()
-            del differences["tokens"]
+            first, *further = (side(number, one) for number, one in enumerate(variants[1:]))
             return {
-                **summary(read, [one.a for one in done]).as_json(),
+                **summary(read, [one[0].a for one in done]).as_json(),
                 **described(self.variant),
                 **about,
-                "against": other | described(against),
-                **differences,
-                "greedy": None,
+                **first,
+                "further": further,
                 "alternated": not resident,
             }
 
         telling = _Telling(desk, len(read.windows), report)
-        for one in self._pairs(desk, read, against, resident):
+        for one in self._pairs(desk, read, resident):
             done.append(one)
             telling.tell(len(done))
-        desk.measured("nll_nats_per_token", [float(one.nll_a.mean()) for one in done])
-        desk.measured("against_nll_nats_per_token", [float(one.nll_b.mean()) for one in done])
-        desk.measured("kl_nats_per_token", [float(one.kl.mean()) for one in done])
+        desk.measured("nll_nats_per_token", [float(one[0].nll_a.mean()) for one in done])
+        for number, name in enumerate(("", "c_", "d_")[: len(variants) - 1]):
+            pairs = [one[number] for one in done]
+            desk.measured(
+                f"{name or 'against_'}nll_nats_per_token",
+                [float(one.nll_b.mean()) for one in pairs],
+            )
+            desk.measured(f"{name}kl_nats_per_token", [float(one.kl.mean()) for one in pairs])
         return report()
 
-    def _pairs(
-        self, desk: Desk, read: Passage, against: Variant, resident: bool
-    ) -> Iterator[Paired]:
+    def _pairs(self, desk: Desk, read: Passage, resident: bool) -> Iterator[tuple[Paired, ...]]:
         def opened(variant: Variant) -> Callable[[], Logits]:
             return lambda: _stoppable(model_logits(desk.load(variant).engine.model), desk.check)
 
+        openers = [opened(one) for one in self.variants_used()]
         if resident:
-            return paired(read, opened(self.variant)(), opened(against)())
+            return paired(read, *(one() for one in openers))
         free = free_bytes("cpu")
         return alternated(
             read,
-            opened(self.variant),
-            opened(against),
+            *openers,
             vocabulary=self.variant.spec.vocabulary,
             held_bytes=MAX_HELD_BYTES if free is None else min(MAX_HELD_BYTES, free // 4),
         )
 
-    def _greedy(self, desk: Desk, read: Passage, against: Variant, context: int) -> Agreement:
+    def _greedy(self, desk: Desk, read: Passage, context: int) -> list[Agreement]:
+        variants = self.variants_used()
         new_tokens = min(self.new_tokens, context - 1)
         prompts = prompts_of(read, self.prompts, min(PROMPT_TOKENS, context - new_tokens))
         texts: list[list[tuple[int, ...]]] = []
-        for side, variant in enumerate((self.variant, against)):
+        for side, variant in enumerate(variants):
             model = desk.load(variant).engine.model
             texts.append([])
             for number, prompt in enumerate(prompts):
-                share = (side + number / len(prompts)) / 2
+                share = (side + number / len(prompts)) / len(variants)
                 desk.phase("writing greedily", share)
                 texts[-1].append(greedy(model, prompt, new_tokens, desk.check))
             del model  # so that it can be let go of
-        return agreement(*texts)
+        return [agreement(texts[0], one) for one in texts[1:]]
 
 
 @dataclass(slots=True)

@@ -350,10 +350,14 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """The verdict with its numbers, as one sentence."""
+        return self.told_of("B")
+
+    def told_of(self, side: str) -> str:
+        """Return the sentence for a side of another letter, where several are held against A."""
         if self.ratio is None or self.low is None or self.high is None:
             return f"Incomplete: {self.reason}"
         p = self.p if self.p_holm is None else self.p_holm
-        ratio = f"B / A is {self.ratio:.3f} in {self.quantity}"
+        ratio = f"{side} / A is {self.ratio:.3f} in {self.quantity}"
         if p is None:
             detail = f"{ratio}, counted"
         else:
@@ -368,9 +372,9 @@ class Comparison:
             case Verdict.NO_DIFFERENCE:
                 return f"No detectable difference: {detail}."
             case Verdict.LESS | Verdict.MORE:
-                return f"B needs {self.verdict} than A: {detail}."
+                return f"{side} needs {self.verdict} than A: {detail}."
             case _:
-                return f"B is {self.verdict} than A: {detail}."
+                return f"{side} is {self.verdict} than A: {detail}."
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Quality of one or two variants by what they answer: multiple-choice items, and whole texts.
+"""Quality of one to four variants by what they answer: multiple-choice items, and whole texts.
 
 The works of a host; the thinking is in ``tasks`` and ``text_scores``.
 """
@@ -37,14 +37,15 @@ from gptcore.records import (
 )
 from gptcore.work import Desk, Work
 
+LETTERS = "ABCD"
 MAX_SHOWN = 100
 """Flipped items, and texts, that a result keeps."""
 
 
 class _OfVariants(Work):
-    """One variant, or two on the same device."""
+    """One variant, or up to four on the same device; the others are held against the first."""
 
-    variants: tuple[Variant, ...] = Field(min_length=1, max_length=2)
+    variants: tuple[Variant, ...] = Field(min_length=1, max_length=len(LETTERS))
     seed: int = Field(0, ge=0, le=MAX_SEED, title="Seed", description="Equal seeds, equal results.")
 
     @model_validator(mode="after")
@@ -53,12 +54,12 @@ class _OfVariants(Work):
         if len(devices) > 1:
             raise ValueError(
                 f"the variants are on {' and '.join(sorted(devices))}, and one run has one device: "
-                "put both on the same"
+                "put all on the same"
             )
         return self
 
     def variants_used(self) -> tuple[Variant, ...]:
-        """Return A, and B where there is one."""
+        """Return A, and those that are held against it."""
         return self.variants
 
     def _progress(self, desk: Desk, what: str, side: int) -> Callable[[float], None]:
@@ -72,7 +73,7 @@ class _OfVariants(Work):
 
 
 class Tasks(_OfVariants):
-    """Ask one or two variants the same multiple-choice items."""
+    """Ask one to four variants the same multiple-choice items."""
 
     kind: ClassVar[RunKind] = RunKind.TASKS
 
@@ -95,7 +96,7 @@ class Tasks(_OfVariants):
     )
 
     def perform(self, desk: Desk) -> Mapping[str, Any]:
-        """Ask, and return the report of A, and that of B with what flipped where there is one.
+        """Ask, and return the report of A, and of each other one what flipped.
 
         Raises:
             InvalidInput: the items cannot be used.
@@ -120,13 +121,26 @@ class Tasks(_OfVariants):
             answers.append(answered)
             about = {**described(variant), **asdict(report)}
             if side == 0:
-                found = {"items": self.items, **about, "against": None}
+                found = {"items": self.items, **about, "against": None, "further": []}
             else:
-                found |= {"against": about, **_flips(items, *answers)}
+                _add(found, {"against": about, **_flips(items, answers[0], answered)})
             desk.partial(found)
-            name = f"{'against_' if side else ''}right_logprob_nats"
+            name = f"{_prefix(side)}right_logprob_nats"
             desk.measured(name, [one.right_logprob for one in answered])
         return found
+
+
+def _add(found: dict[str, Any], other: dict[str, Any]) -> None:
+    """Put another variant's part into A's report: that of B beside it, others as a list."""
+    if found["against"] is None:
+        found |= other
+    else:
+        found["further"] = [*found["further"], other]
+
+
+def _prefix(side: int) -> str:
+    """Return what stands before the names of a variant's measurements."""
+    return ("", "against_", "c_", "d_")[side]
 
 
 def _flips(items: Sequence[Item], a: Sequence[Answered], b: Sequence[Answered]) -> dict[str, Any]:
@@ -151,7 +165,7 @@ def _flips(items: Sequence[Item], a: Sequence[Answered], b: Sequence[Answered]) 
 
 
 class Texts(_OfVariants):
-    """Let one or two variants answer prompts, and hold the texts against references."""
+    """Let one to four variants answer prompts, and hold the texts against references."""
 
     kind: ClassVar[RunKind] = RunKind.TEXTS
 
@@ -186,7 +200,7 @@ class Texts(_OfVariants):
         return stops
 
     def perform(self, desk: Desk) -> Mapping[str, Any]:
-        """Write greedily, and return the scores of A, and those of B with the differences.
+        """Write greedily, and return the scores of A, and of each other one the differences.
 
         Raises:
             InvalidInput: the pairs cannot be used, or a prompt is refused.
@@ -209,15 +223,15 @@ class Texts(_OfVariants):
                 "cut_off": reasons.count(FinishReason.LENGTH),
             }
             if side == 0:
-                found = {"pairs": self.pairs, **about, "against": None}
+                found = {"pairs": self.pairs, **about, "against": None, "further": []}
             else:
-                differences = compare_pairs(
-                    outputs[0], outputs[1], references, seed=self.seed, check=desk.check
-                )
-                found["against"] = about
-                found["differences"] = [
-                    {**asdict(one), "verdict": one.verdict} for one in differences
+                differences = [
+                    {**asdict(one), "verdict": one.verdict}
+                    for one in compare_pairs(
+                        outputs[0], texts, references, seed=self.seed, check=desk.check
+                    )
                 ]
+                _add(found, {"against": about, "differences": differences})
             found["texts"] = [
                 {"prompt": pair.prompt, "references": pair.all_references, "outputs": list(written)}
                 for pair, *written in zip(pairs, *outputs, strict=True)

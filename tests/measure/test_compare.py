@@ -138,6 +138,7 @@ def test_three_variants_are_each_held_against_the_first(machine: dict[str, Any])
     result = Compare(variants=(A, B, c), cells=(CELL,), block_s=0.0).perform(desk)
     assert compared(result, side="B")["verdict"] == "slower"
     assert compared(result, side="C")["verdict"] == "faster"
+    assert compared(result, side="C")["sentence"].startswith("C is faster than A: C / A is ")
     order = result["cells"][0]["order"]
     assert all(order[at : at + 3] == order[at + 3 : at + 6][::-1] for at in range(0, 12, 6))
 

@@ -60,6 +60,11 @@ def passage(tokens: int = 300, window: int = 32, stride: int = 0) -> Passage:
     return Passage("t", "k", ids, np.ones_like(ids), None, Windowing(window=window, stride=stride))
 
 
+def firsts(windows: Iterator[tuple[Paired, ...]]) -> list[Paired]:
+    """What is known of the only other variant."""
+    return [pair for (pair,) in windows]
+
+
 def directly(a: GPT, b: GPT, text: Passage) -> dict[str, float]:
     """Whole distributions in float64 from whole forward passes, all in memory."""
     kl, moved, ratio, same = [], [], [], []
@@ -93,7 +98,7 @@ def directly(a: GPT, b: GPT, text: Passage) -> dict[str, float]:
 def test_the_report_is_that_of_a_direct_computation(precision: str, seed: int) -> None:
     a, b = model(), model(precision, seed)
     text = passage(1100, window=48)
-    found = divergence(list(paired(text, model_logits(a), model_logits(b)))).as_json()
+    found = divergence(firsts(paired(text, model_logits(a), model_logits(b)))).as_json()
     expected = directly(a, b, text)
     for name, value in expected.items():
         # Relative to a typical size, since a mean of differences may be near zero.
@@ -107,7 +112,7 @@ def test_the_report_is_that_of_a_direct_computation(precision: str, seed: int) -
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_a_against_a_loaded_twice_is_exactly_zero(precision: str) -> None:
     one, other = model(precision), model(precision)
-    found = divergence(list(paired(passage(), model_logits(one), model_logits(other))))
+    found = divergence(firsts(paired(passage(), model_logits(one), model_logits(other))))
     report = found.as_json()
     assert report.pop("tokens") == 300 - 10
     assert report.pop("same_top_ratio") == 1.0
@@ -122,7 +127,7 @@ def test_a_against_a_loaded_twice_is_exactly_zero(precision: str) -> None:
 def test_each_side_of_a_pair_is_what_it_is_alone() -> None:
     text = passage(200, window=32, stride=10)
     a, b = model_logits(model()), model_logits(model(seed=1))
-    pairs = list(paired(text, a, b))
+    pairs = firsts(paired(text, a, b))
     assert summary(text, [one.a for one in pairs]) == summary(text, list(score(text, a)))
     assert summary(text, [one.b for one in pairs]) == summary(text, list(score(text, b)))
     ratio = math.log(
@@ -134,7 +139,7 @@ def test_each_side_of_a_pair_is_what_it_is_alone() -> None:
 
 def test_pairing_makes_the_error_smaller_than_that_of_either_side() -> None:
     text = passage(1000)
-    pairs = list(paired(text, model_logits(model()), model_logits(model("int8"))))
+    pairs = firsts(paired(text, model_logits(model()), model_logits(model("int8"))))
     alone = summary(text, [one.a for one in pairs]).nll_se
     together = divergence(pairs).log_ppl_ratio_se
     assert alone is not None
@@ -190,7 +195,7 @@ def test_alternating_is_pairing_bit_for_bit_with_one_load_a_round(
 ) -> None:
     text = passage(310, window=32)
     slots = Slots(A=model(), B=model(seed=1))
-    found = list(
+    found = firsts(
         alternated(
             text,
             slots.open("A"),
@@ -199,11 +204,47 @@ def test_alternating_is_pairing_bit_for_bit_with_one_load_a_round(
             held_bytes=held_windows * 31 * 97 * 4,
         )
     )
-    expected = list(paired(text, model_logits(slots.models["A"]), model_logits(slots.models["B"])))
+    expected = firsts(
+        paired(text, model_logits(slots.models["A"]), model_logits(slots.models["B"]))
+    )
     assert len(found) == len(expected) == 10
     for one, other in zip(found, expected, strict=True):
         assert same(one, other)
     assert "".join(slots.loads) == loads
+
+
+def test_three_at_once_are_what_each_two_are_and_the_first_computes_once() -> None:
+    text = passage(310, window=32)
+    read: list[str] = []
+
+    def told(name: str, logits: Logits) -> Logits:
+        def wrapped(ids: Tensor, first: int) -> Iterator[Tensor]:
+            read.append(name)
+            return logits(ids, first)
+
+        return wrapped
+
+    a, b, c = (model_logits(model(seed=seed)) for seed in range(3))
+    found = list(paired(text, told("A", a), told("B", b), told("C", c)))
+    assert "".join(read) == "ABC" * 10
+    for number, other in enumerate((b, c)):
+        for one, pair in zip(found, firsts(paired(text, a, other)), strict=True):
+            assert same(one[number], pair)
+
+
+def test_three_that_do_not_fit_together_take_turns_and_give_the_same() -> None:
+    text = passage(310, window=32)
+    slots = Slots(A=model(), B=model(seed=1), C=model(seed=2))
+    found = list(
+        alternated(
+            text, *map(slots.open, "ABC"), vocabulary=97, held_bytes=4 * 31 * 97 * 4
+        )
+    )  # fmt: skip
+    assert "".join(slots.loads) == "ABC" * 3
+    expected = list(paired(text, *(model_logits(slots.models[name]) for name in "ABC")))
+    assert len(found) == len(expected) == 10
+    for pairs, others in zip(found, expected, strict=True):
+        assert all(same(one, other) for one, other in zip(pairs, others, strict=True))
 
 
 def same(one: Paired, other: Paired) -> bool:
@@ -292,8 +333,8 @@ def test_prompts_are_runs_of_the_text_evenly_spread(
 
 def test_the_tail_needs_a_thousand_tokens() -> None:
     a, b = model_logits(model()), model_logits(model(seed=1))
-    few = divergence(list(paired(passage(1000), a, b)))
-    many = divergence(list(paired(passage(1100), a, b)))
+    few = divergence(firsts(paired(passage(1000), a, b)))
+    many = divergence(firsts(paired(passage(1100), a, b)))
     assert (few.tokens < 1000, few.kl_p999) == (True, None)
     assert many.tokens > 1000
     assert many.kl_p999 is not None

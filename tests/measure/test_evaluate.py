@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from gptcore.errors import Cancelled, ContextOverflow, DoesNotFit, InvalidInput
 from gptcore.measure import evaluate as module
 from gptcore.measure.evaluate import Evaluate
-from gptcore.measure.perplexity import Windowing
+from gptcore.measure.perplexity import Logits, Windowing, model_logits
+from gptcore.model import GPT
 from gptcore.recipe import Variant
 from gptcore.records import RunKind
 from gptcore.spec import gpt
@@ -71,6 +72,34 @@ def test_against_another_variant_it_has_the_rest() -> None:
     )
     assert desk.loads == ["tiny-0", "tiny-1"]
     assert len(desk.kept["kl_nats_per_token"]) == 24
+
+
+def test_four_are_measured_together_and_the_first_of_them_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [variant(seed) for seed in (1, 2, 3)]
+    alone = [work(one).perform(FakeDesk()) for one in others]
+    opened: list[object] = []
+
+    def counted(model: GPT) -> Logits:
+        opened.append(model)
+        return model_logits(model)
+
+    monkeypatch.setattr(module, "model_logits", counted)
+    desk = FakeDesk()
+    found = work(others[0], further=others[1:]).perform(desk)
+    assert len(opened) == 4
+    assert json.loads(json.dumps(found, allow_nan=False)) == json.loads(json.dumps(found))
+    assert {**found, "further": []} == alone[0]
+    for one, expected in zip(found["further"], alone[1:], strict=True):
+        assert one == {name: expected[name] for name in one}
+        assert set(one) >= PROMISED_AGAINST | {"against", "greedy"}
+    assert {"c_kl_nats_per_token", "d_nll_nats_per_token"} <= set(desk.kept)
+
+
+def test_further_variants_need_a_first_one() -> None:
+    with pytest.raises(ValidationError, match="there are further variants but no B"):
+        work(further=[variant(1)])
 
 
 def test_a_variant_against_itself_is_exactly_zero() -> None:

@@ -105,6 +105,32 @@ def test_two_variants_are_asked_the_same_and_their_answers_paired(items: str) ->
     assert set(desk.kept) == {"right_logprob_nats", "against_right_logprob_nats"}
 
 
+def test_three_variants_are_asked_once_each_and_held_against_the_first(items: str) -> None:
+    desk = FakeDesk(room=1)
+    found = as_json(tasks(items, variant(), variant(1), variant(2)).perform(desk))
+    assert desk.loads == ["tiny-0", "tiny-1", "tiny-2"]
+    for seed, one in ((1, found), (2, found["further"][0])):
+        pair = as_json(tasks(items, variant(), variant(seed)).perform(FakeDesk()))
+        assert pair["flips"]["only_a"] + pair["flips"]["only_b"] > 3
+        for name in ("against", "flips", "flips_normalised", "flipped"):
+            assert one[name] == pair[name]
+    assert len(found["further"]) == 1
+    assert "c_right_logprob_nats" in desk.kept
+
+
+def test_three_variants_write_once_each_and_are_held_against_the_first(pairs: str) -> None:
+    desk = FakeDesk(room=1)
+    found = as_json(texts(pairs, variant(), variant(1), variant(2)).perform(desk))
+    assert desk.loads == ["tiny-0", "tiny-1", "tiny-2"]
+    for seed, one in ((1, found), (2, found["further"][0])):
+        pair = as_json(texts(pairs, variant(), variant(seed)).perform(FakeDesk()))
+        assert one["against"] == pair["against"]
+        assert one["differences"] == pair["differences"]
+        assert [text["outputs"][seed] for text in found["texts"]] == [
+            text["outputs"][1] for text in pair["texts"]
+        ]
+
+
 def test_a_variant_against_itself_flips_nothing(items: str) -> None:
     found = tasks(items, variant(), variant()).perform(FakeDesk())
     assert (found["flips"]["only_a"], found["flips"]["only_b"]) == (0, 0)
