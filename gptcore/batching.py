@@ -48,7 +48,7 @@ from gptcore.records import Token
 MOST_TEXTS = 32
 """Texts side by side, at most; a step takes four calls of our library for so many."""
 LEAST_READING_S = 0.02
-"""Prompts are read for so long behind every step, however fast that was."""
+"""For so long prompts are read behind every step, however fast that was."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,10 +93,19 @@ class Batch:
         engine: what they are written by.
         budget_bytes: what the caches of all texts may take together.
         most: texts side by side.
+        least_reading_s: for so long prompts are read behind every step, if not for longer.
     """
 
-    def __init__(self, engine: Engine, *, budget_bytes: int, most: int = MOST_TEXTS) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        budget_bytes: int,
+        most: int = MOST_TEXTS,
+        least_reading_s: float = LEAST_READING_S,
+    ) -> None:
         one = engine.model.new_cache(1)
+        self.least_reading_s = least_reading_s
         self.budget_bytes = budget_bytes
         self.most = most
         self._position_bytes = one.k.nbytes + one.v.nbytes
@@ -209,7 +218,7 @@ class Batch:
             yield self._answered(text, partial(read_asked, model, text.asked))
             return
         text.pieces = text.pieces or in_pieces(model, text.asked)
-        until = clock() + max(self._step_s, LEAST_READING_S)
+        until = clock() + max(self._step_s, self.least_reading_s)
         try:
             logits = next(text.pieces)
             while logits is None and clock() < until:

@@ -42,6 +42,11 @@ def engine_of(spec: str = "llama", path: str = "torch", form: str = "fp32") -> E
     return engine
 
 
+def batch_of(engine: Engine, *, budget_bytes: int = PLENTY, most: int = 32) -> Batch:
+    """Return a batch that reads for no longer than a step takes."""
+    return Batch(engine, budget_bytes=budget_bytes, most=most, least_reading_s=0.0)
+
+
 def asked(prompt: str = "Once upon a time", **fields: Any) -> Request:
     return Request(**{"prompt": prompt, "max_new_tokens": 30, "ignore_eos": True, **fields})
 
@@ -74,7 +79,6 @@ def ticking() -> Callable[[], float]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let prompts have several chunks, of several pieces."""
     monkeypatch.setattr("gptcore.engine.chunk_tokens", lambda model: 32)
-    monkeypatch.setattr(batching, "LEAST_READING_S", 0.0)
 
 
 VARIED = (
@@ -97,7 +101,7 @@ def test_texts_that_join_and_leave_are_those_that_are_written_alone(spec: str, p
     engine = engine_of(spec, path)
     wanted = [alone(engine, one) for one in VARIED]
     engine.clock = ticking()
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     generations = [engine.start(one, shortcuts=True) for one in VARIED]
     found: dict[Generation, list[Token]] = {one: [] for one in generations}
     coming = iter(generations)
@@ -129,7 +133,7 @@ def test_every_format_gets_the_bits_of_one_text(path: str, form: str) -> None:
     engine = engine_of(path=path, form=form)
     wanted = [alone(engine, one) for one in VARIED]
     engine.clock = ticking()
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     generations = [engine.start(one, shortcuts=True) for one in VARIED]
     for one in generations:
         batch.add(one)
@@ -143,7 +147,7 @@ def test_texts_with_a_cache_of_few_bits_are_those_that_are_written_alone(bits: i
     engine.model.cache_kind = partial(QuantizedKVCache, bits=bits)
     wanted = [alone(engine, one) for one in VARIED[:4]]
     engine.clock = ticking()
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     generations = [engine.start(one, shortcuts=True) for one in VARIED[:4]]
     for one in generations:
         batch.add(one)
@@ -158,7 +162,7 @@ def test_a_stop_string_ends_its_own_text_alone(path: str) -> None:
     stop = free[6:9]
     requests = [asked(temperature=1.0, seed=4, stop=(stop,)), asked("other", temperature=0)]
     wanted = [alone(engine, one) for one in requests]
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     generations = [engine.start(one) for one in requests]
     for one in generations:
         batch.add(one)
@@ -172,7 +176,7 @@ def test_a_stop_string_ends_its_own_text_alone(path: str) -> None:
 def test_every_text_gets_a_token_a_step_while_a_long_prompt_is_read(path: str) -> None:
     engine = engine_of(path=path)
     engine.clock = ticking()
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     writers = [engine.start(asked(seed=i, max_new_tokens=100)) for i in range(3)]
     for one in writers:
         batch.add(one)
@@ -191,7 +195,7 @@ def test_every_text_gets_a_token_a_step_while_a_long_prompt_is_read(path: str) -
 def test_a_short_prompt_does_not_wait_for_a_long_one_nor_a_long_one_for_many_short() -> None:
     engine = engine_of()
     engine.clock = ticking()
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     writer = engine.start(asked(max_new_tokens=200))
     batch.add(writer)
     while writer.new_tokens == 0:
@@ -232,7 +236,7 @@ def test_reading_takes_no_longer_than_a_step_of_the_others() -> None:
 
     engine.model.blocks[0] = Slow(engine.model.blocks[0])
     engine.model.blocks[1] = Slow(engine.model.blocks[1])
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     batch.add(writer := engine.start(asked(max_new_tokens=60)))
     while writer.new_tokens < 2:
         list(batch.step())
@@ -254,7 +258,7 @@ def test_a_text_that_is_stopped_ends_within_a_step_and_the_others_go_on() -> Non
     generations = [
         engine.start(one, cancelled=lambda i=i: i in stop) for i, one in enumerate(requests)
     ]
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     found: dict[Generation, list[Token]] = {one: [] for one in generations}
     for one in generations:
         batch.add(one)
@@ -277,7 +281,7 @@ def test_a_text_that_waits_to_be_read_or_let_in_is_stopped_at_once() -> None:
     def start(name: str, prompt: str = "z" * 150) -> Generation:
         return engine.start(asked(prompt), cancelled=lambda: name in stop)
 
-    batch = Batch(engine, budget_bytes=PLENTY, most=3)
+    batch = batch_of(engine, most=3)
     writer, first, second, outside = (
         start("writer", "w"),
         start("first"),
@@ -316,7 +320,7 @@ def test_a_text_whose_logits_are_no_numbers_fails_alone(
         return [lambda one=one: one for one in found]
 
     monkeypatch.setattr(batching, "together", poisoned)
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     generations = [engine.start(one) for one in requests]
     for one in generations:
         batch.add(one)
@@ -350,15 +354,15 @@ def test_where_a_common_step_breaks_only_the_text_that_broke_it_fails(
             raise RuntimeError("this cache cannot be read")
         return real(model, id, cache)
 
-    def batch_of(step: Any, ids: Any, caches: Any) -> torch.Tensor:
+    def unless_broken(step: Any, ids: Any, caches: Any) -> torch.Tensor:
         if any(one is generations[2].cache and one.length > 25 for one in caches):
             raise RuntimeError("one of these cannot be read")
         return whole(step, ids, caches)
 
     whole = NativeStep.batch
-    monkeypatch.setattr(NativeStep, "batch", batch_of)
+    monkeypatch.setattr(NativeStep, "batch", unless_broken)
     monkeypatch.setattr(batching, "decode", decode)
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     for one in generations:
         batch.add(one)
     told: list[Advance] = []
@@ -374,11 +378,11 @@ def test_where_a_common_step_breaks_only_the_text_that_broke_it_fails(
 def test_texts_take_no_more_memory_than_the_budget_and_wait_in_order() -> None:
     engine = engine_of()
     generations = [engine.start(asked(seed=i)) for i in range(6)]
-    probe = Batch(engine, budget_bytes=PLENTY)
+    probe = batch_of(engine)
     needed = probe.needed_bytes(generations[0])
     cache = engine.model.new_cache(generations[0].capacity)
     assert needed == cache.k.nbytes + cache.v.nbytes
-    batch = Batch(engine, budget_bytes=2 * needed + needed // 2)
+    batch = batch_of(engine, budget_bytes=2 * needed + needed // 2)
     for one in generations:
         batch.add(one)
     ends, most = [], 0
@@ -395,7 +399,7 @@ def test_texts_take_no_more_memory_than_the_budget_and_wait_in_order() -> None:
 def test_a_text_for_which_there_never_will_be_room_is_refused_with_the_way_out() -> None:
     engine = engine_of()
     small, large = engine.start(asked()), engine.start(asked(max_new_tokens=200))
-    batch = Batch(engine, budget_bytes=Batch(engine, budget_bytes=1).needed_bytes(small))
+    batch = batch_of(engine, budget_bytes=Batch(engine, budget_bytes=1).needed_bytes(small))
     with pytest.raises(DoesNotFit, match=r"up to 216 tokens needs .* MiB .* fewer new tokens"):
         batch.add(large)
     assert len(batch) == 0
@@ -409,7 +413,7 @@ def test_a_beginning_that_another_text_has_read_is_not_read_again() -> None:
     system = "You are a fox that lives by the river. " * 3
     requests = [asked(system + "one", temperature=0), asked(system + "two", temperature=0)]
     wanted = [alone(engine, one) for one in requests]
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     first, second = (engine.start(one, shortcuts=True) for one in requests)
     batch.add(first)
     before: list[Token] = []
@@ -430,7 +434,7 @@ def test_two_chats_in_turns_read_only_what_is_new_to_each() -> None:
     for turn in range(3):
         for name in said:
             generation = engine.start(asked(said[name], temperature=0), shortcuts=True)
-            batch = Batch(engine, budget_bytes=PLENTY)
+            batch = batch_of(engine)
             batch.add(generation)
             tokens = written(batch, [generation])[generation]
             if turn:
@@ -450,7 +454,7 @@ def test_a_text_guesses_ahead_while_it_is_alone_and_again_when_the_others_left()
     request = asked(temperature=0, max_new_tokens=150)
     wanted = alone(engine, request)
     generation = engine.start(request, shortcuts=True)
-    batch = Batch(engine, budget_bytes=PLENTY)
+    batch = batch_of(engine)
     batch.add(generation)
     found: list[Token] = []
     guessed: list[int] = []
