@@ -107,6 +107,7 @@ class Sitting:
         self,
         job: Job,
         *,
+        started_at: datetime | None = None,
         queue_s: float | None = None,
         load_s: float = 0.0,
         peak: PeakPart | None = None,
@@ -117,11 +118,12 @@ class Sitting:
 
         Args:
             job: what was ordered.
+            started_at: when it was begun; now, if not given.
             queue_s: for how long it waited; until now, if not given.
             load_s: how long the variant's loading took thereafter.
             peak: of the memory since the job began; from now on, if not given.
         """
-        started_at = now()
+        started_at = started_at or now()
         queue_s = self._clock() - job.sent_at if queue_s is None else queue_s
         try:
             generation = self._loaded.engine.start(

@@ -145,7 +145,9 @@ class Worker:
                         peaks=self._peaks,
                         learn=partial(self._learn_peak, loaded),
                     )
-                    sitting.join(first, queue_s=queue_s, load_s=load_s, peak=peak)
+                    sitting.join(
+                        first, started_at=started_at, queue_s=queue_s, load_s=load_s, peak=peak
+                    )
                     while len(sitting):
                         while later is None and (job := arrived()) is not None:
                             if not sitting.join(job):
