@@ -6,6 +6,7 @@ import mmap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -143,3 +144,20 @@ def test_the_pages_of_a_mapped_file_are_let_go_of_and_come_back(tmp_path: Path) 
         held[7] = 42
         drop_mapped_weights()
         assert held[7] == 42  # a mapping that was written to is left alone
+
+
+def test_a_part_of_a_watch_sees_its_own_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = [100]
+    whole = PeakMemory()
+    monkeypatch.setattr(
+        whole, "_process", SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=resident[0]))
+    )
+    with whole:
+        resident[0] = 500
+        until = whole.part()
+        until.end()
+        resident[0] = 200
+        part = whole.part()
+        part.end()
+        resident[0] = 900
+    assert (until.peak_bytes, part.peak_bytes, whole.peak_bytes) == (500, 200, 900)
