@@ -16,8 +16,11 @@ from typing import Literal
 from gptcore.records import Token
 
 Change = Literal["same", "added", "removed"]
-_WORDS = re.compile(r"\s*\S+|\s+")
-"""A word with the space before it; space at the end of a text is one too."""
+_WORDS = re.compile(r"\s*(?:[^\W\u0e00-\U0010ffff]+|\S)|\s+")
+"""A word or one other character with the space before it; space at the end of a text is one too.
+
+From U+0E00 on stand scripts that put no space between words: each character is then a word.
+"""
 
 
 @dataclass(frozen=True, slots=True)

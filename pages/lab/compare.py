@@ -12,28 +12,41 @@ import streamlit as st
 from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
-from gptcore.lab import Lab, Snapshot, pairs_for
-from gptcore.records import Choice, Run, RunKind, RunState, Token, Vote
-from pages.parts import compare_apart, compare_charts, errors, settings
+from gptcore.lab import Compare, Lab, Snapshot, first_divergent, pairs_for
+from gptcore.records import Choice, Run, RunKind, RunState, Vote
+from pages.parts import (
+    compare_apart,
+    compare_charts,
+    compare_sides,
+    errors,
+    pass_form,
+    settings,
+)
 from pages.parts import format as shown
-from pages.parts.compare_quality import ADDRESS, quality
+from pages.parts.compare_quality import ADDRESS, named, quality
 from pages.parts.compare_state import (
     BATCHES,
+    CONTEXTS,
     LETTERS,
     MEASURED,
+    VIEWS,
     Wanted,
     change,
-    change_side,
     current,
+    is_linked,
     write_address,
 )
 from pages.parts.services import lab as shared_lab
-from pages.parts.settings import NAMED_PRECISIONS, bound
+from pages.parts.settings import bound
 from pages.parts.shown_run import phase
 from pages.parts.tokens import token_text
 
 TICK_S = 0.25
-VIEWS = ("Speed", "Quality", "Texts", "Blind vote")
+HELP = {
+    "prompt_tokens": "Several make a grid with the batches. Any length can be typed.",
+    "batches": "Verdicts flip with the batch: one sequence is bound by reading the weights, many "
+    "by arithmetic.",
+}
 MAX_TTFT_RUNS = 50
 WORDS = {
     "faster": ":material/trending_up: Faster",
@@ -55,22 +68,26 @@ def take(name: str) -> None:
         change(**{name: tuple(value) if isinstance(value, list) else value})
 
 
-def take_side(index: int, name: str) -> None:
-    """Take a side's value from its widget."""
-    change_side(index, **{name: st.session_state[f"side_{index}_{name}"]})
+def take_end(name: str) -> None:
+    """Take what may end a comparison early; an empty field never does."""
+    change(**{name: st.session_state[f"compare_{name}"]})
 
 
-def add_side() -> None:
-    """Add a side like the last one."""
-    wanted = current()
-    change(sides=[one.model_dump() for one in (*wanted.sides, wanted.sides[-1])])
+def take_threads() -> None:
+    """Take the yes to different threads."""
+    change(may_differ=("threads",) if st.session_state["compare_may_differ"] else ())
 
 
-def remove_side(index: int) -> None:
-    """Take a side away."""
-    sides = [one.model_dump() for one in current().sides]
-    del sides[index]
-    change(sides=sides)
+def take_metric() -> None:
+    """Take what the map shows."""
+    errors.redraw()
+    take("metric")
+
+
+def take_differences() -> None:
+    """Take whether the texts are laid over A's."""
+    errors.redraw()
+    take("differences")
 
 
 def write() -> None:
@@ -82,10 +99,12 @@ def write() -> None:
         if not wanted.prompt.strip():
             settings.say("The prompt is empty: type some text.")
             return
+        names: dict[str, str] = st.session_state.setdefault("compare_names", {})
         for side, variant in zip(wanted.sides, wanted.variants(lab), strict=True):
             entry = entries.get(side.model)
             request = wanted.request(side, chat=bool(entry and entry.chat))
             runs.append(lab.generate(variant, request, session=settings.session_id()))
+            names[runs[-1]] = side.name(variant)
     except (GptcoreError, ValidationError) as error:
         settings.say(errors.sentence(error))
     if runs:
@@ -124,92 +143,43 @@ def vote(left: Snapshot, right: Snapshot, choice: Choice) -> None:
 
 
 def name_of(run: Run) -> str:
-    """Return how a variant is called among the votes."""
-    return f"{run.model} {run.precision} {run.device}"
+    """Return how what wrote a text is called, in its caption and among the votes."""
+    names: dict[str, str] = st.session_state.get("compare_names", {})
+    return names.get(run.id) or f"{run.model} {run.precision} {run.device}"
 
 
 # What the page draws
-
-
-def sides(lab: Lab, wanted: Wanted) -> None:
-    """Draw the variants side by side, each with what decides it."""
-    entries = {one.name: one for one in lab.models() if not one.problem}
-    for index, (column, side) in enumerate(
-        zip(st.columns(len(wanted.sides)), wanted.sides, strict=True)
-    ):
-        with column.container(border=True):
-            with st.container(horizontal=True, vertical_alignment="center"):
-                role = "baseline" if index == 0 else "against A"
-                st.markdown(f"**{LETTERS[index]}** :gray[{role}]", width="stretch")
-                if len(wanted.sides) > 2 and index:
-                    st.button(
-                        "Remove",
-                        key=f"remove_{index}",
-                        icon=":material/close:",
-                        type="tertiary",
-                        on_click=remove_side,
-                        args=(index,),
-                    )
-            names = list(entries) if side.model in entries else [side.model, *entries]
-            st.selectbox(
-                "Model",
-                names,
-                key=bound(f"side_{index}_model", side.model),
-                format_func=lambda name: entries[name].title if name in entries else name,
-                on_change=take_side,
-                args=(index, "model"),
-            )
-            with st.container(horizontal=True):
-                st.selectbox(
-                    "Precision",
-                    NAMED_PRECISIONS,
-                    key=bound(f"side_{index}_precision", side.precision),
-                    on_change=take_side,
-                    args=(index, "precision"),
-                )
-                st.number_input(
-                    "Temperature",
-                    min_value=0.0,
-                    max_value=2.0,
-                    step=0.1,
-                    key=bound(f"side_{index}_temperature", side.temperature, typed=True),
-                    on_change=take_side,
-                    args=(index, "temperature"),
-                    help="For the texts only. 0 takes the likeliest token each time.",
-                )
 
 
 def speed(lab: Lab, wanted: Wanted) -> None:
     """Draw what is measured, and the comparison that was."""
     with st.container(border=True):
         grid = st.grid(4, min_column_width=150, gap="small")
-        row = [grid.cell() for _ in range(4)]
-        for column, name, label in zip(
-            row,
-            ("prompt_tokens", "new_tokens", "max_pairs"),
-            ("Prompt, tokens", "New tokens", "Pairs of blocks"),
-            strict=False,
-        ):
+        for name, offered in (("prompt_tokens", CONTEXTS), ("batches", BATCHES)):
             field = Wanted.model_fields[name]
-            low, high = _range(field.metadata)
-            column.number_input(
+            chosen = getattr(wanted, name)
+            grid.cell().multiselect(
+                str(field.title),
+                sorted({*offered, *chosen}),
+                key=bound(f"compare_{name}", list(chosen)),
+                accept_new_options=True,
+                on_change=take,
+                args=(name,),
+                help=HELP[name],
+            )
+        for name, label in (("new_tokens", "New tokens"), ("max_pairs", "Pairs of blocks")):
+            field = Wanted.model_fields[name]
+            low, high = pass_form.limits(field)
+            grid.cell().number_input(
                 label,
-                min_value=low,
-                max_value=high,
+                min_value=None if low is None else int(low),
+                max_value=None if high is None else int(high),
                 key=bound(f"compare_{name}", getattr(wanted, name), typed=True),
                 on_change=take,
                 args=(name,),
                 help=field.description,
             )
-        row[3].multiselect(
-            "Batch sizes",
-            BATCHES,
-            key=bound("compare_batches", list(wanted.batches)),
-            on_change=take,
-            args=("batches",),
-            help="Verdicts flip with the batch: one sequence is bound by reading the weights, many "
-            "by arithmetic.",
-        )
+        threads_question(lab, wanted)
         with st.container(horizontal=True, vertical_alignment="center"):
             busy = MEASURED.running(lab)
             st.button(
@@ -229,12 +199,21 @@ def speed(lab: Lab, wanted: Wanted) -> None:
                 disabled=busy,
                 help="A against itself: what this machine makes of no difference at all.",
             )
+            stop_rule(wanted)
             noise_badge(lab)
-        numbers = len(compare_charts.METRICS) * len(wanted.batches) * (len(wanted.sides) - 1)
+        cells = len(wanted.cells)
+        numbers = len(compare_charts.METRICS) * cells * (len(wanted.sides) - 1)
         if wanted.max_pairs < (least := pairs_for(numbers)):
             st.caption(
                 f":material/warning: {numbers} numbers are compared, so {wanted.max_pairs} pairs "
                 f"of blocks cannot give a verdict (Holm's correction): take at least {least}."
+            )
+        elif cells > 1 and wanted.half_width is None and wanted.seconds is None:
+            block_s = Compare.model_fields["block_s"].default
+            seconds = cells * wanted.max_pairs * len(wanted.sides) * block_s
+            st.caption(
+                f"{cells} cells of {wanted.max_pairs} blocks a side: "
+                f"{shown.duration(seconds)} at least."
             )
     MEASURED.draw(
         lab,
@@ -242,6 +221,54 @@ def speed(lab: Lab, wanted: Wanted) -> None:
         empty="Nothing is measured yet. Press Measure: blocks of both sides are timed in turn, and "
         "a verdict is given only where it can be defended.",
     )
+
+
+def stop_rule(wanted: Wanted) -> None:
+    """Draw what may end a comparison before its last pair, fixed before its first."""
+    ends = []
+    if wanted.half_width is not None:
+        ends.append(f"±{shown.share(wanted.half_width)}")
+    if wanted.seconds is not None:
+        ends.append(shown.duration(wanted.seconds))
+    with st.popover(
+        f"Ends at {' or '.join(ends)}" if ends else "Stop rule",
+        icon=":material/timer:",
+        help="Fixed before the first block: an end chosen while looking at the numbers would make "
+        "differences out of noise.",
+    ):
+        for name, unit, least, step in (
+            ("half_width", "share", 0.001, 0.01),
+            ("seconds", "s", 1.0, 10.0),
+        ):
+            field = Wanted.model_fields[name]
+            st.number_input(
+                f"{field.title}, {unit}",
+                min_value=least,
+                max_value=pass_form.limits(field)[1],
+                value=None,
+                step=step,
+                format="%.3g",
+                key=bound(f"compare_{name}", getattr(wanted, name), typed=True),
+                on_change=take_end,
+                args=(name,),
+                help=field.description,
+                placeholder="never",
+            )
+
+
+def threads_question(lab: Lab, wanted: Wanted) -> None:
+    """Ask for the yes that a comparison of sides with different threads needs."""
+    try:
+        threads = [one.placement.resolved_threads for one in wanted.variants(lab)]
+    except GptcoreError:  # which is said where the side is chosen
+        return
+    if len(set(threads)) > 1 or wanted.may_differ:
+        told = ", ".join(f"{letter} {n}" for letter, n in zip(LETTERS, threads, strict=False))
+        st.toggle(
+            f"The sides may differ in threads: {told}",
+            key=bound("compare_may_differ", "threads" in wanted.may_differ),
+            on_change=take_threads,
+        )
 
 
 def noise_badge(lab: Lab) -> None:
@@ -278,8 +305,14 @@ def comparison(lab: Lab, found: Snapshot) -> None:
             + (f"{found_slower}. " if run.state.final else "")
             + shown.escaped(result["programs"])
         )
+    if result["residency"].startswith("alternated"):
+        st.caption(f":material/swap_horiz: {shown.escaped(result['residency'].capitalize())}.")
     verdicts(result, final=run.state.final)
-    details(result)
+    comparisons = result["comparisons"]
+    if len(result["cells"]) > 1:
+        metric = grid_map(result)
+        comparisons = [one for one in comparisons if one["metric"] == metric]
+    details(result, comparisons)
     if run.state.final:
         conditions(lab, run, result)
 
@@ -288,16 +321,16 @@ def verdicts(result: Mapping[str, Any], *, final: bool) -> None:
     """Draw a card a side: what may be said of it in the first cell."""
     first = result["comparisons"][0]["cell"]
     letters = [one["side"] for one in result["sides"][1:]]
-    for column, letter in zip(st.columns(len(letters)), letters, strict=True):
+    grid = st.grid(len(letters), min_column_width=330, gap="small")
+    for letter in letters:
         told = [
             one for one in result["comparisons"] if one["side"] == letter and one["cell"] == first
         ]
         lead = next((one for one in told if one["metric"] == "decode_s"), told[0])
         side = next(one for one in result["sides"] if one["side"] == letter)
-        with column.container(border=True):
+        with grid.container(border=True, height="stretch"):
             st.caption(
-                f"{letter}: {shown.escaped(side['model'])} {side['precision']} against A, "
-                f"{compare_charts.cell_name(first)}"
+                f"{shown.escaped(named(letter, side))} against A, {compare_charts.cell_name(first)}"
             )
             color = ""
             if lead["coloured"]:
@@ -318,16 +351,61 @@ def verdicts(result: Mapping[str, Any], *, final: bool) -> None:
                 st.caption(shown.escaped(lead["sentence"]))
 
 
+def grid_map(result: Mapping[str, Any]) -> str:
+    """Draw where each side wins and where it loses, over batch and prompt length.
+
+    Returns:
+        The number that it shows.
+    """
+    metrics = list(dict.fromkeys(one["metric"] for one in result["comparisons"]))
+    wanted = current().metric
+    shown_metric = wanted if wanted in metrics else metrics[0]
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown("**Where each side wins**", width="stretch")
+            st.segmented_control(
+                "Number",
+                metrics,
+                key=bound("compare_metric", shown_metric),
+                format_func=lambda name: compare_charts.metric_name(name, result["energy_label"]),
+                required=True,
+                label_visibility="collapsed",
+                on_change=take_metric,
+            )
+        letters = [one["side"] for one in result["sides"][1:]]
+        grid = st.grid(len(letters), min_column_width=320, gap="small")
+        for letter in letters:
+            told = [
+                one
+                for one in result["comparisons"]
+                if one["side"] == letter and one["metric"] == shown_metric
+            ]
+            with grid.container():
+                st.caption(f"{letter} ÷ A")
+                st.plotly_chart(
+                    compare_charts.grid(told),
+                    key=f"compare_map_{letter}",
+                    config={"displayModeBar": False},
+                )
+        floor = result["noise_floor_used"]
+        noise = f" and beyond the noise of ±{shown.share(floor - 1)}" if floor else ""
+        st.caption(
+            f"Below 1 the side needs less than A. Coloured where that is claimed{noise}; Holm's "
+            "correction over all cells."
+        )
+    return shown_metric
+
+
 def _times(one: Mapping[str, Any]) -> str:
     return f"{one['ratio']:.3f} ×"
 
 
-def details(result: Mapping[str, Any]) -> None:
-    """Draw every cell's ratio with its interval, and the blocks behind it."""
-    if any(one["ratio"] is not None for one in result["comparisons"]):
+def details(result: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> None:
+    """Draw ratios with their intervals, and the blocks behind all that was measured."""
+    if any(one["ratio"] is not None for one in comparisons):
         st.plotly_chart(
             compare_charts.intervals(
-                result["comparisons"], result["noise_floor_used"], result["energy_label"]
+                comparisons, result["noise_floor_used"], result["energy_label"]
             ),
             key="compare_intervals",
             config={"displayModeBar": False},
@@ -358,6 +436,7 @@ def conditions(lab: Lab, run: Run, result: Mapping[str, Any]) -> None:
                 "side": one["side"],
                 "model": one["model"],
                 "precision": one["precision"],
+                "recipe": one["recipe"],
                 "threads": one["threads"],
                 "memory": shown.size(one.get("resident_bytes")),
                 "a step reads": shown.size(one.get("step_bytes")),
@@ -436,21 +515,35 @@ def written(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
     for one in found:
         lab.watch(one.run.id, settings.session_id())
     base = found[0]
-    compare_apart.controls(lab, runs, found)
-    for side, (column, one) in enumerate(zip(st.columns(len(found)), found, strict=True)):
+    laid_over = current().differences and not busy
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.toggle(
+            "Differences from A",
+            key=bound("compare_differences", current().differences),
+            on_change=take_differences,
+            disabled=busy,
+            help="Lays each text over A's: words of A alone are struck out, words of the other "
+            "alone underlined.",
+        )
+        compare_apart.controls(lab, runs, found)
+    grid = st.grid(len(found), min_column_width=230, gap="small")
+    for side, one in enumerate(found):
         letter = LETTERS[side]
-        with column.container(border=True):
+        with grid.container(border=True, height="stretch"):
             run = one.run
-            st.caption(f"**{letter}** · {shown.escaped(run.model)} {run.precision}")
+            st.caption(f"**{letter}** · {shown.escaped(name_of(run))}")
             apart = None if one is base else first_divergent(base.tokens, one.tokens)
-            token_text(
-                run.id,
-                one.tokens,
-                busy=not run.state.final,
-                key=f"text_{letter}",
-                mark=apart,
-                apart=compare_apart.nats(lab, runs, side),
-            )
+            if laid_over and one is not base:
+                compare_apart.over(base.tokens, one.tokens)
+            else:
+                token_text(
+                    run.id,
+                    one.tokens,
+                    busy=not run.state.final,
+                    key=f"text_{letter}",
+                    mark=apart,
+                    apart=compare_apart.nats(lab, runs, side),
+                )
             if run.state in (RunState.FAILED, RunState.INTERRUPTED):
                 errors.show(run.error or str(run.state))
             elif not run.state.final:
@@ -591,14 +684,6 @@ def earlier(lab: Lab, run: Run) -> list[Run]:
     return [one for one in runs if one.variant_hash == run.variant_hash][:MAX_TTFT_RUNS]
 
 
-def first_divergent(base: Sequence[Token], other: Sequence[Token]) -> int | None:
-    """Return the index of the first token of ``other`` that is not ``base``'s, None if all are."""
-    for index, token in enumerate(other):
-        if index >= len(base) or base[index].id != token.id:
-            return index
-    return None
-
-
 def divergence_in_words(apart: int | None, count: int) -> str:
     """Return where a text leaves A's."""
     if apart is None:
@@ -606,11 +691,13 @@ def divergence_in_words(apart: int | None, count: int) -> str:
     return f"Leaves A's text at token {apart + 1} of {count}."
 
 
-def _range(metadata: Sequence[Any]) -> tuple[int | None, int | None]:
-    low = high = None
-    for one in metadata:
-        low, high = getattr(one, "ge", low), getattr(one, "le", high)
-    return low, high
+def first_view(wanted: Wanted) -> str:
+    """Return the view to begin with: that of a result to which a link leads, or the last one."""
+    if wanted.view is None or (settings.entered() and not is_linked()):
+        for name, view in ((ADDRESS, "Quality"), (MEASURED.address, "Speed")):
+            if name in st.query_params:
+                return view
+    return wanted.view or VIEWS[0]
 
 
 def draw() -> None:
@@ -622,21 +709,23 @@ def draw() -> None:
             "View",
             VIEWS,
             key="compare_view",
-            default="Quality" if ADDRESS in st.query_params else VIEWS[0],
+            default=first_view(wanted),
             required=True,
             label_visibility="collapsed",
         )
         st.button(
             "Add a side",
             icon=":material/add:",
-            on_click=add_side,
+            on_click=compare_sides.add,
             disabled=len(wanted.sides) >= len(LETTERS),
         )
+    if (view := st.session_state["compare_view"]) != (wanted.view or VIEWS[0]):
+        change(view=view)
     for problem in settings.said():
         errors.show(problem)
-    sides(lab, wanted)
-    view = {"Speed": speed, "Quality": quality, "Texts": texts, "Blind vote": blind}
-    view[st.session_state["compare_view"]](lab, wanted)
+    compare_sides.draw(lab, wanted)
+    views = {"Speed": speed, "Quality": quality, "Texts": texts, "Blind vote": blind}
+    views[view](lab, wanted)
     write_address()
 
 

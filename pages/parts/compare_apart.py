@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -9,13 +10,22 @@ import streamlit as st
 from pydantic import ValidationError
 
 from gptcore.errors import GptcoreError
-from gptcore.lab import Apart, Lab, Snapshot
-from gptcore.records import Request, RunState
+from gptcore.lab import Apart, Lab, Snapshot, difference
+from gptcore.records import Request, RunState, Token
 from pages.parts import errors, settings
 from pages.parts import format as shown
 from pages.parts.compare_state import LETTERS
+from pages.parts.plan_charts import colors
 from pages.parts.services import lab as shared_lab
 
+STYLES = {
+    "same": "",
+    "added": "text-decoration:underline 2px;text-underline-offset:3px;border-radius:3px;"
+    "background:color-mix(in srgb,{color} 18%,transparent);",
+    "removed": "opacity:0.55;",
+}
+LEAVES = "outline:2px solid {red};outline-offset:1px;border-radius:3px;"
+"""Of the token with which a text leaves A's, as in the texts themselves."""
 RUNS = "compare_apart"
 """In the session: the texts that were read, and the run of each side but A."""
 
@@ -68,6 +78,24 @@ def reading(lab: Lab, texts: Sequence[str]) -> bool:
     """Return whether a side is still read."""
     found = [lab.snapshot(one) for one in runs_of(texts).values()]
     return any(one is not None and not one.run.state.final for one in found)
+
+
+def over(base: Sequence[Token], other: Sequence[Token]) -> None:
+    """Draw a text laid over A's: what A alone says struck out, what it alone says underlined.
+
+    Every piece goes through ``html.escape``: nothing in it is markup.
+    """
+    color, red = colors()[0], colors()[4]
+    pieces = []
+    for one in difference(base, other):
+        style = (STYLES[one.change] + (LEAVES if one.first else "")).format(color=color, red=red)
+        tag = {"same": "span", "added": "ins", "removed": "del"}[one.change]
+        seen = html.escape(one.text).replace("\n", "↵\n")
+        pieces.append(f'<{tag} style="{style}">{seen}</{tag}>' if style else seen)
+    st.html(
+        '<div style="line-height:1.65;white-space:pre-wrap;overflow-wrap:anywhere">'
+        f"{''.join(pieces)}</div>"
+    )
 
 
 def controls(lab: Lab, texts: Sequence[str], written: Sequence[Snapshot]) -> None:

@@ -108,9 +108,7 @@ def intervals(
         made.add_vrect(x0=1 / floor, x1=floor, fillcolor=GREY, opacity=0.18, line_width=0)
     made.add_vline(x=1, line={"color": ink(), "width": 1, "dash": "dot"})
     for one in known:
-        color = GREY
-        if one["coloured"]:
-            color = GOOD if one["verdict"] in ("faster", "less") else BAD
+        color = color_of(one) or GREY
         made.add_scatter(
             x=[one["ratio"]],
             y=[row(one)],
@@ -128,6 +126,65 @@ def intervals(
             f"({one['low']:.3f} to {one['high']:.3f})<extra>{row(one)}</extra>",
         )
     return made
+
+
+def color_of(one: Mapping[str, Any]) -> str | None:
+    """Return the colour of a verdict; None where none may be given: no claim, or only noise."""
+    if not one["coloured"]:
+        return None
+    return GOOD if one["verdict"] in ("faster", "less") else BAD
+
+
+def grid(comparisons: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Draw where a side wins and where it loses: batch by context, in the verdict's colour.
+
+    Args:
+        comparisons: one number of one side, one a cell.
+    """
+    at = {(one["cell"]["batch"], one["cell"]["prompt_tokens"]): one for one in comparisons}
+    batches, contexts = (sorted(set(places)) for places in zip(*at, strict=True))
+    shades = (None, GOOD, BAD)
+    rows = [[at.get((batch, context)) for batch in batches] for context in contexts]
+    made = figure(
+        90 + 68 * len(contexts),
+        xaxis={"title": "Batch", "type": "category", "showgrid": False},
+        yaxis={"title": "Prompt, tokens", "type": "category", "showgrid": False},
+    )
+    made.add_heatmap(
+        x=[f"{batch:,}" for batch in batches],
+        y=[f"{context:,}" for context in contexts],
+        z=[[None if one is None else shades.index(color_of(one)) for one in row] for row in rows],
+        text=[["" if one is None else _in_a_cell(one) for one in row] for row in rows],
+        customdata=[["" if one is None else one["sentence"] for one in row] for row in rows],
+        texttemplate="%{text}",
+        textfont={"color": ink(), "size": 13},
+        hovertemplate="batch %{x} · %{y} tokens<br>%{customdata}<extra></extra>",
+        zmin=0,
+        zmax=2,
+        colorscale=[
+            [0, _pale(GREY, 0.14)],
+            [1 / 3, _pale(GREY, 0.14)],
+            [1 / 3, _pale(GOOD, 0.5)],
+            [2 / 3, _pale(GOOD, 0.5)],
+            [2 / 3, _pale(BAD, 0.5)],
+            [1, _pale(BAD, 0.5)],
+        ],
+        showscale=False,
+        xgap=3,
+        ygap=3,
+    )
+    return made
+
+
+def _in_a_cell(one: Mapping[str, Any]) -> str:
+    ratio = "—" if one["ratio"] is None else f"{one['ratio']:.3f} ×"
+    verdict = str(one["verdict"]).replace("detectable ", "detectable<br>")
+    return f"<b>{ratio}</b><br>{verdict}"
+
+
+def _pale(color: str, share: float) -> str:
+    red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {share})"
 
 
 def blocks(cell: Mapping[str, Any], metric: str) -> go.Figure:

@@ -67,22 +67,14 @@ def take_file(name: str, keep: Callable[[str, bytes], str]) -> None:
 
 
 def measure() -> None:
-    """Queue what was chosen: A with each other side, or A alone."""
+    """Queue what was chosen: all sides together, or A alone."""
     lab = shared_lab()
-    runs: list[str] = []
     try:
-        for work in current().quality_works(lab):
-            runs.append(lab.start(work))
+        run_id = lab.start(current().quality_work(lab))
     except (GptcoreError, ValidationError) as error:
         settings.say(errors.sentence(error))
-    if runs:
-        st.session_state[KEY] = tuple(runs)
-
-
-def stop(runs: Sequence[str]) -> None:
-    """Cancel what goes on."""
-    for run_id in runs:
-        shared_lab().cancel(run_id)
+        return
+    st.session_state[KEY] = (run_id,)
 
 
 # What the page draws
@@ -120,7 +112,7 @@ def quality(lab: Lab, wanted: Wanted) -> None:
                 key=bound("quality_alone", wanted.alone),
                 on_change=take,
                 args=("alone",),
-                help="Without it A is measured together with each other side.",
+                help="Without it all sides are measured together, each once.",
             )
     if not runs:
         st.caption(":material/info: Nothing is measured yet. Press Measure quality.")
@@ -262,15 +254,16 @@ def outcome(lab: Lab, runs: Sequence[str], was_active: bool) -> None:
 
 
 def sides_of(found: Sequence[Snapshot]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Return (letter, what a side found, the whole result that holds it) for A and the others."""
-    first = found[0].run.result
-    assert first is not None
-    sides = [("A", first, first)]
-    for letter, one in zip(LETTERS[1:], found, strict=False):
-        assert one.run.result is not None
-        if against := one.run.result.get("against"):
-            sides.append((letter, against, one.run.result))
-    return sides
+    """Return (letter, what a side found, what holds it against A) for A and the others."""
+    results = [one.run.result for one in found if one.run.result]
+    against = [
+        part
+        for result in results
+        for part in (result, *result.get("further", ()))
+        if part.get("against")
+    ]
+    others = zip(LETTERS[1:], against, strict=False)
+    return [("A", results[0], results[0]), *((at, one["against"], one) for at, one in others)]
 
 
 def named(letter: str, one: Mapping[str, Any]) -> str:
@@ -456,6 +449,7 @@ def scores(found: Sequence[Snapshot]) -> None:
     with st.expander("How each was computed", icon=":material/science:"):
         for score in base["scores"]:
             st.text(f"{score['title']}: {score['signature']}")
+    written = dict(zip(LETTERS[1:], others_texts(found), strict=False))
     with st.expander("The texts", icon=":material/notes:"):
         for at, text in enumerate(base["texts"]):
             st.caption(f"Prompt {at + 1}")
@@ -463,8 +457,18 @@ def scores(found: Sequence[Snapshot]) -> None:
             for reference in text["references"]:
                 st.text(f"Reference: {reference}")
             st.text(f"A: {text['outputs'][0]}")
-            for letter, _, whole in sides[1:]:
-                st.text(f"{letter}: {whole['texts'][at]['outputs'][1]}")
+            for letter, texts in written.items():
+                st.text(f"{letter}: {texts[at]}")
+
+
+def others_texts(found: Sequence[Snapshot]) -> list[list[str]]:
+    """Return the texts of each side but A, in the order of the sides."""
+    results = [one.run.result for one in found if one.run.result]
+    return [
+        [text["outputs"][number] for text in result["texts"]]
+        for result in results
+        for number in range(1, len(result["texts"][0]["outputs"]))
+    ]
 
 
 def _accuracy(one: Mapping[str, Any]) -> str:

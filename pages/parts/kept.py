@@ -67,6 +67,10 @@ class Kept(Generic[T]):
         told = self._start is not None or value != self._kind()
         tell(self._address, permalink.pack(value.model_dump(mode="json")) if told else None)
 
+    def is_linked(self) -> bool:
+        """Return whether the address has a value."""
+        return self._address is not None and self._address in st.query_params
+
     def _linked(self) -> T | None:
         packed = st.query_params.get(self._address) if self._address else None
         if not packed:

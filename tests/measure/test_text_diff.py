@@ -51,6 +51,21 @@ def test_the_whole_difference_is_found_and_not_only_its_beginning() -> None:
     assert leaving(found) == [" X"]
 
 
+@pytest.mark.parametrize(
+    ("base", "other", "changed"),
+    [
+        ("今天天气很好。", "今天天气不好。", ["很", "不"]),
+        ("f(a,b)", "f(a,c)", ["b", "c"]),
+        ("été, mais", "été; mais", [",", ";"]),
+    ],
+)
+def test_a_change_in_a_text_without_spaces_is_no_larger_than_it_is(
+    base: str, other: str, changed: list[str]
+) -> None:
+    found = difference(tokens(base), tokens(other))
+    assert [one.text for one in found if one.change != "same"] == changed
+
+
 def test_only_the_token_that_leaves_is_marked_within_its_word() -> None:
     found = difference(tokens("The", " unhappy"), tokens("The", " un", "known", " fox"))
     assert [one.text for one in found if one.change == "added"] == [" un", "known", " fox"]

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from gptcore.lab import Cell, Compare, Lab, StopRule
+from gptcore.lab import Cell, Compare, Lab, Optimize, StopRule
+from gptcore.recipe import recipe_from_text
 from gptcore.records import Choice, Request, RunKind, RunState
 from pages.parts import services
 from pages.parts.compare_state import Side, Wanted
-from pages.parts.permalink import pack
+from pages.parts.permalink import pack, unpacked
 from tests.conftest import ROOT
 from tests.tiny import tiny_checkpoint
 
@@ -32,7 +33,7 @@ WANTED = Wanted(
     sides=(Side(model="tiny"), Side(model="tiny", precision="bf16")),
     prompt="The fox",
     max_new_tokens=6,
-    prompt_tokens=8,
+    prompt_tokens=(8,),
     new_tokens=4,
     max_pairs=6,
 )
@@ -218,6 +219,191 @@ def test_sides_are_added_and_taken_away(lab: Lab) -> None:
     assert len([one for one in test.selectbox if one.label == "Precision"]) == 1 + 2
 
 
+def test_an_older_link_with_one_prompt_length_is_read(lab: Lab) -> None:
+    older = {**WANTED.model_dump(mode="json"), "prompt_tokens": 8}
+    test = page("lab/compare.py", c=pack(older), threads="1")
+    assert test.session_state["compare"] == WANTED
+
+
+def kept_in_the_address(test: AppTest) -> Wanted:
+    packed = test.query_params["c"]
+    return Wanted.model_validate_json(unpacked(packed[0] if isinstance(packed, list) else packed))
+
+
+def typed(test: AppTest, key: str, text: str) -> None:
+    """Type what is not offered, which AppTest knows nothing of."""
+    box = test.selectbox(key=key)
+    box.options = [*box.options, text]
+    box.set_value(text).run()
+    assert not test.exception
+
+
+def test_each_side_has_its_own_recipe_and_samplers_and_the_link_keeps_them(lab: Lab) -> None:
+    test = compare()
+    typed(test, "side_1_recipe", "prune(sparsity=0.3), int4(group_size=32)")
+    test.selectbox(key="side_1_precision").set_value("bf16").run()
+    test.number_input(key="side_1_temperature").set_value(0.7).run()
+    test.number_input(key="side_1_top_k").set_value(5).run()
+    assert not test.exception
+    assert errors(test) == []
+    first, second = kept_in_the_address(test).sides
+    assert first == WANTED.sides[0]
+    assert (second.recipe, second.drawn) == (
+        "prune(sparsity=0.3), int4(group_size=32)",
+        "temperature 0.7, top-k 5",
+    )
+    test.session_state["compare_view"] = "Texts"
+    test.run()
+    clicked(test, "Write on all sides")
+    one, other = (lab.wait(run_id, 60).run for run_id in test.session_state["compare_texts"])
+    assert (one.settings["temperature"], other.settings["temperature"]) == (0.0, 0.7)
+    assert (one.settings["top_k"], other.settings["top_k"]) == (0, 5)
+    assert [each.name for each in lab.measured_variant(other.id)[1].recipe.passes] == [
+        "prune",
+        "int4",
+    ]
+    test.run()
+    said = [each.value.replace("\\", "") for each in test.caption]
+    assert any("prune(sparsity=0.3), int4(group_size=32)" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ("int4(", "The recipe int4( cannot be read"),
+        ("int4(group=7)", "Pass 'int4'"),
+        ("magic", "There is no pass 'magic'"),
+        ("int8, int4", "both quantize; choose one"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_one_sentence_and_changes_nothing(
+    lab: Lab, recipe: str, sentence: str
+) -> None:
+    test = compare()
+    typed(test, "side_1_recipe", recipe)
+    (said,) = errors(test)
+    assert sentence.replace("'", "") in said.replace("'", "")
+    assert test.session_state["compare"] == WANTED
+
+
+def test_what_a_side_cannot_do_stands_under_it(lab: Lab) -> None:
+    sides = (Side(model="tiny"), Side(model="tiny", precision="int8", recipe="int4"))
+    wanted = WANTED.model_copy(update={"sides": sides})
+    test = page("lab/compare.py", c=pack(wanted.model_dump(mode="json")), threads="1")
+    assert any("both quantize; choose one" in one.value for one in test.caption)
+    clicked(test, "Measure")
+    (said,) = errors(test)
+    assert "both quantize; choose one" in said
+    assert lab.runs(kind=RunKind.COMPARE) == ()
+
+
+def test_the_recipe_of_a_finished_variant_can_be_chosen_for_another_side(lab: Lab) -> None:
+    variant = lab.variant("tiny", threads=1, recipe=recipe_from_text("prune(sparsity=0.25)"))
+    made = lab.wait(lab.start(Optimize(variant=variant, name="thin")), 60).run
+    assert made.state is RunState.DONE, made.error
+    test = compare()
+    assert test.selectbox(key="side_1_recipe").options == ["prune(sparsity=0.25) · thin"]
+    test.selectbox(key="side_1_model").set_value("thin").run()
+    assert not test.exception
+    assert test.selectbox(key="side_1_precision").disabled
+    assert not any(":red[" in one.value for one in test.caption)
+
+
+def test_different_threads_need_a_yes_that_names_them(lab: Lab) -> None:
+    sides = (Side(model="tiny", threads=1), Side(model="tiny", precision="bf16", threads=2))
+    wanted = WANTED.model_copy(update={"sides": sides})
+    test = page("lab/compare.py", c=pack(wanted.model_dump(mode="json")), threads="1")
+    clicked(test, "Measure")
+    (said,) = errors(test)
+    assert "differ in threads (1 and 2)" in said
+    test.toggle(key="compare_may_differ").set_value(True).run()
+    assert kept_in_the_address(test).may_differ == ("threads",)
+    clicked(test, "Measure")
+    assert errors(test) == []
+    found = lab.snapshot(measured(lab))
+    assert found is not None
+    assert [one["threads"] for one in found.run.result["sides"]] == [1, 2]
+
+
+def test_a_grid_of_batches_and_prompt_lengths_is_measured_and_kept_in_the_link(lab: Lab) -> None:
+    test = compare()
+    test.multiselect(key="compare_batches").set_value([1, 4]).run()
+    test.multiselect(key="compare_prompt_tokens").set_value([4, 8]).run()
+    assert not test.exception
+    assert kept_in_the_address(test).batches == (1, 4)
+    assert kept_in_the_address(test).prompt_tokens == (4, 8)
+    clicked(test, "Measure")
+    assert errors(test) == []
+    run_id = measured(lab)
+    again = page("lab/compare.py", result=run_id, threads="1")
+    assert kept_in_the_address(again).cells == kept_in_the_address(test).cells
+    assert [
+        (one["prompt_tokens"], one["batch"]) for one in lab.snapshot(run_id).run.result["cells"]
+    ] == [(4, 1), (4, 4), (8, 1), (8, 4)]
+    assert any("Where each side wins" in one.value for one in again.markdown)
+    (number,) = (one for one in again.segmented_control if one.label == "Number")
+    number.set_value("prefill_s").run()
+    assert not again.exception
+    assert kept_in_the_address(again).metric == "prefill_s"
+
+
+def test_the_stop_rule_is_fixed_beforehand_and_stands_in_the_link(lab: Lab) -> None:
+    test = compare()
+    test.number_input(key="compare_half_width").set_value(0.5).run()
+    test.number_input(key="compare_seconds").set_value(30.0).run()
+    assert not test.exception
+    wanted = kept_in_the_address(test)
+    assert (wanted.half_width, wanted.seconds) == (0.5, 30.0)
+    clicked(test, "Measure")
+    assert errors(test) == []
+    found = lab.snapshot(measured(lab))
+    assert found is not None
+    rule = found.run.settings["stop"]
+    assert (rule["half_width"], rule["seconds"], rule["max_pairs"]) == (0.5, 30.0, WANTED.max_pairs)
+    test.number_input(key="compare_seconds").set_value(None).run()
+    assert kept_in_the_address(test).seconds is None
+
+
+def test_a_length_beyond_the_context_is_refused_before_anything_is_measured(lab: Lab) -> None:
+    wanted = WANTED.model_copy(update={"prompt_tokens": (8, 100_000)})
+    test = page("lab/compare.py", c=pack(wanted.model_dump(mode="json")), threads="1")
+    clicked(test, "Measure")
+    (said,) = errors(test)
+    assert "100,000 + 4 tokens do not fit into the context of tiny" in said
+    assert lab.runs(kind=RunKind.COMPARE) == ()
+
+
+def test_a_link_to_a_result_brings_back_the_sides_as_they_were(lab: Lab) -> None:
+    sides = (
+        Side(model="tiny", precision="int8", device="cpu", threads=1),
+        Side(model="tiny", recipe="prune(sparsity=0.3)", device="cpu", threads=1),
+    )
+    wanted = WANTED.model_copy(update={"sides": sides})
+    test = page("lab/compare.py", c=pack(wanted.model_dump(mode="json")), threads="1")
+    clicked(test, "Measure")
+    assert errors(test) == []
+    again = page("lab/compare.py", result=measured(lab))
+    assert again.session_state["compare"].sides == sides
+
+
+def test_texts_are_laid_over_as_a_link_asks(lab: Lab) -> None:
+    wanted = WANTED.model_copy(update={"view": "Texts", "differences": True, "sides": (
+        Side(model="tiny"), Side(model="tiny", temperature=2.0),
+    )})  # fmt: skip
+    test = page("lab/compare.py", c=pack(wanted.model_dump(mode="json")), threads="1")
+    clicked(test, "Write on all sides")
+    runs = test.session_state["compare_texts"]
+    one, other = (lab.wait(run_id, 60).run.text for run_id in runs)
+    assert one != other
+    test.run()
+    assert not test.exception
+    laid = "".join(each.proto.body for each in test.get("html"))
+    assert "<ins" in laid
+    assert "outline" in laid  # the token with which it leaves A's
+    test.toggle(key="compare_differences").set_value(False).run()
+    assert kept_in_the_address(test).differences is False
+
+
 def quality(lab: Lab, **fields: object) -> AppTest:
     """The quality view of a comparison, measured to its end."""
     wanted = WANTED.model_copy(update={"max_tokens": 200, "window": 32, **fields})
@@ -235,7 +421,7 @@ def test_quality_of_each_side_stands_beside_a(lab: Lab) -> None:
     sides = (*WANTED.sides, Side(model="tiny", precision="int8"))
     test = quality(lab, sides=sides)
     assert errors(test) == []
-    assert len(test.session_state["compare_quality"]) == 2
+    assert len(test.session_state["compare_quality"]) == 1  # A is measured once
     (frame,) = test.dataframe
     assert [name[0] for name in frame.value["Side"]] == ["A", "B", "C"]
     assert list(frame.value["KL mean"].isna()) == [True, False, False]
@@ -260,6 +446,16 @@ def test_texts_are_held_against_references(lab: Lab) -> None:
     (frame,) = test.dataframe
     assert "BLEU" in list(frame.value["Score"])
     assert "B against A" in frame.value
+
+
+def test_texts_of_three_sides_are_held_against_the_references_in_one_run(lab: Lab) -> None:
+    lab.add_pairs("foxes", b'{"prompt": "The fox", "reference": "runs to the river"}')
+    sides = (*WANTED.sides, Side(model="tiny", precision="int8"))
+    test = quality(lab, sides=sides, quality="Texts", pairs="foxes", answer_tokens=4)
+    assert errors(test) == []
+    (frame,) = test.dataframe
+    assert {"B against A", "C against A"} <= set(frame.value)
+    assert {one.value[:2] for one in test.text} >= {"A:", "B:", "C:"}
 
 
 @pytest.mark.parametrize(
