@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=24, help="steps that are timed")
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS, help="1 among them")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8", "int4"])
+    parser.add_argument("--precisions", nargs="*", default=["fp32", "bf16", "int8", "int4"])
     parser.add_argument("--loaded", nargs="*", default=["fp32", "int8"], help="precisions")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 2.0])
     parser.add_argument("--requests", type=int, default=40)
