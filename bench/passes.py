@@ -123,6 +123,10 @@ class Line:
     solver_s: float
     load: float
     """The machine's load average, which seconds of processor time suffer from a little."""
+    windows: int = 0
+    """How many windows were scored, evenly spread over the text's first tokens; 0: the first."""
+    calibration_hash: str = ""
+    """Of the token ids."""
 
 
 def perplexity(limit: float, of: str = "") -> Target:
@@ -437,6 +441,10 @@ class Bench:
             seconds=seconds,
             solver_s=stopwatch.seconds,
             load=os.getloadavg()[0],
+            windows=len(self.passage.windows) if self.scope else 0,
+            calibration_hash=text_hash(self.calibration)
+            if any(one.needs_calibration for one in passes)
+            else "",
         )
 
 
@@ -492,6 +500,7 @@ def markdown(head: str, lines: dict[str, Line]) -> str:
         if (line := lines.get(case.name)) is None:
             continue
         few = "" if line.tokens == FULL_TOKENS else f", {line.tokens:,} tokens"
+        few += " spread over all" if line.windows else ""
         cells = (
             case.name,
             f"{line.perplexity_ratio:.4f} (± {line.log_ratio_se:.4f}){few}",
@@ -502,13 +511,21 @@ def markdown(head: str, lines: dict[str, Line]) -> str:
             "" if line.effective_bits is None else f"{line.effective_bits:.2f}",
             f"{line.kv_ratio:.3f}",
             "" if line.coverage_ratio is None else f"{line.coverage_ratio:.3f}",
-            f"{line.calibration_tokens:,}" if line.calibration_tokens else "",
+            calibrated_on(line),
             f"{line.seconds:.0f}",
             f"{line.solver_s:.1f}",
             "; ".join(verdict(one, line, lines) for one in case.targets),
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def calibrated_on(line: Line) -> str:
+    """Return how many tokens a line's passes saw, and which."""
+    if not line.calibration_tokens:
+        return ""
+    which = f" ({line.calibration_hash[7:15]})" if line.calibration_hash else ""
+    return f"{line.calibration_tokens:,}{which}"
 
 
 def kept(file: Path) -> dict[str, Line]:

@@ -593,6 +593,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator", UserWarning)
+            warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)
             yield
     finally:
         optuna.logging.set_verbosity(before)

@@ -181,7 +181,7 @@ def dealt(trial: dict[str, Any]) -> MixedBits:
 def test_a_search_of_bits_begins_with_the_scan_and_keeps_to_its_bytes(
     catalogue: Catalogue,
 ) -> None:
-    """Weights of four doublings turn the order of the layers round, so trials differ."""
+    """Weights of a few doublings change the order of the layers, so trials differ."""
     told = found(performed(catalogue, bits(catalogue)))
     uniform, trials = told["uniform"], told["trials"]
     assert dealt(uniform) == MixedBits(bits=4, group=32)

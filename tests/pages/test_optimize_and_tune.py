@@ -146,12 +146,12 @@ def test_bits_are_searched_by_how_much_damages_count(lab: Lab) -> None:
     test = page("lab/tune.py", t=pack(Search(space="bits").model_dump(mode="json")))
     down = next(one for one in test.slider if str(one.key).endswith("*.mlp.down"))
     assert "counts, doublings" in str(down.label)
-    assert down.value == (-3.0, 3.0)
-    down.set_value((0.0, 2.0)).run()
+    assert down.value == (-1.5, 1.5)
+    down.set_value((0.0, 1.0)).run()
     assert not test.exception
     knobs = {one.layers: one for one in test.session_state["tune"].knobs}
-    assert (knobs["*.mlp.down"].low, knobs["*.mlp.down"].high) == (0.0, 2.0)
-    assert knobs["*.mlp.up"].low == -3.0
+    assert (knobs["*.mlp.down"].low, knobs["*.mlp.down"].high) == (0.0, 1.0)
+    assert knobs["*.mlp.up"].low == -1.5
 
 
 def test_a_search_of_nothing_is_refused(lab: Lab) -> None:
