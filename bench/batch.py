@@ -291,11 +291,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"threads, {machine['platform']}, commit {machine['git_commit']}. {SMOLLM2}, greedy, "
         f"prompts of {PROMPT_CHARS[0]} to {PROMPT_CHARS[1]} characters. Load average "
         f"{before['before'][0]:.1f} before and {before['after'][0]:.1f} after.",
-        "",
-        "| precision | texts | tokens/s, median (least – greatest) | × one text (95 %) | "
-        "by CPU time | tokens as alone |",
-        "|---|---|---|---|---|---|",
     ]
+    if result["rows"]:
+        lines += [
+            "",
+            "| precision | texts | tokens/s, median (least – greatest) | × one text (95 %) | "
+            "by CPU time | tokens as alone |",
+            "|---|---|---|---|---|---|",
+        ]
     for precision, of in result["rows"].items():
         for size, one in of.items():
             rates = np.array(one["tokens_per_s"])
