@@ -17,7 +17,6 @@ The result is printed, and written to bench/results/ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
@@ -29,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.decode import RESULTS, SMOLLM2, into_readme
+from bench.decode import SMOLLM2
+from bench.results import keep
 from bench.sides import ROOT, Ours, pin
 from gptcore.measure.statistics import compare
 from gptcore.provenance import provenance
@@ -277,10 +277,7 @@ def main() -> None:
     table = markdown(result)
     print(table)
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "batch.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "batch.md").write_text(table)
-        into_readme("batch", table)
+        keep("batch", result, table)
 
 
 def markdown(result: dict[str, Any]) -> str:

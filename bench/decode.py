@@ -17,7 +17,6 @@ The result is printed, and written to bench/results/ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import gguf_files
+from bench.results import keep
 from bench.sides import ROOT, Side, installed, pin
 from gptcore.catalogue import Catalogue
 from gptcore.measure.statistics import compare
@@ -36,8 +36,6 @@ from gptcore.provenance import provenance
 from gptcore.spec import PRESETS
 from gptcore.tokenizer import load_tokenizer
 
-RESULTS = ROOT / "bench" / "results"
-README = ROOT / "bench" / "README.md"
 SMOLLM2 = "smollm2-135m"
 LARGE = "gpt3-1.3b"
 NEW_TOKENS = 128
@@ -240,10 +238,7 @@ def main() -> None:
     table = markdown(result, rows)
     print(table)
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "decode.md").write_text(table)
-        into_readme("decode", table)
+        keep("decode", result, table)
 
 
 def to_llama_cpp(rows: list[Row], model: str, prompt: int) -> dict[str, object] | None:
@@ -324,20 +319,6 @@ def markdown(result: dict[str, object], rows: list[Row]) -> str:
         lines.append("")
     lines += [f"- {name}: {said}" for name, said in names.items()]
     return "\n".join(lines) + "\n"
-
-
-def into_readme(name: str, table: str) -> None:
-    """Put a table between the marks of its name in bench/README.md."""
-    into_page(README, name, table)
-
-
-def into_page(page: Path, name: str, table: str) -> None:
-    """Put a table between the marks of its name in a page."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = page.read_text()
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{table}{end}{after}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import os
 import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from bench.decode import RESULTS, into_readme
+from bench.results import keep
 from gptcore.catalogue import Catalogue
 from gptcore.device import cores, cpu_name
 from gptcore.host.worker import Watcher, Worker
@@ -142,10 +141,7 @@ def main() -> None:
     text = markdown(result)
     print(text)
     if not options.dry:
-        Path(RESULTS).mkdir(exist_ok=True)
-        (RESULTS / "estimates.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "estimates.md").write_text(text)
-        into_readme("estimates", text)
+        keep("estimates", result, text)
 
 
 if __name__ == "__main__":

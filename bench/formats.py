@@ -10,13 +10,12 @@ read, and 64 tokens are written behind one of 64. Pinned to as many cores as the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from bench.decode import RESULTS, into_readme
+from bench.results import keep
 from bench.sides import pin
 from gptcore.catalogue import Catalogue
 from gptcore.device import cpu_name
@@ -132,9 +131,7 @@ def main() -> None:
     text = markdown(result)
     print(text)
     if not options.dry:
-        (RESULTS / "formats.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "formats.md").write_text(text)
-        into_readme("formats", text)
+        keep("formats", result, text)
 
 
 if __name__ == "__main__":

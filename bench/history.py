@@ -13,7 +13,6 @@ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 from playwright.sync_api import BrowserContext, Page, sync_playwright
 
-from bench.decode import into_readme
+from bench.results import keep
 from gptcore.device import cores, cpu_name
 from gptcore.records import Measurement, Numbers, Run, RunKind, RunState
 from gptcore.store import Store, open_store
@@ -34,7 +33,6 @@ from gptcore.store.history import Filter
 from tests.conftest import chromium
 from tests.e2e.conftest import BROWSER_OPTIONS, Server
 
-RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = 10_000
 WORDS = ("the", "fox", "read", "books", "by", "a", "river", "and", "said", "nothing", "at", "all")
 MODELS = ("smollm2-135m", "gpt2", "gpt2-medium", "gpt3-350m")
@@ -187,10 +185,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if not options.dry:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "history.json").write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "history.md").write_text(text)
-        into_readme("history", text)
+        keep("history", found, text)
 
 
 if __name__ == "__main__":

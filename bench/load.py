@@ -11,7 +11,6 @@ The result is printed, and written to bench/results/ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 from dataclasses import asdict
@@ -20,7 +19,8 @@ from datetime import UTC, datetime
 import numpy as np
 
 from bench import gguf_files
-from bench.decode import RESULTS, SMOLLM2, into_readme, kept
+from bench.decode import SMOLLM2, kept
+from bench.results import keep
 from bench.sides import first_token, installed, pin
 from gptcore.catalogue import Catalogue
 from gptcore.paths import models_dir
@@ -78,10 +78,7 @@ def main() -> None:
     table = markdown(result)
     print(table)
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "load.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "load.md").write_text(table)
-        into_readme("load", table)
+        keep("load", result, table)
 
 
 def summary(found: list[dict[str, float]]) -> dict[str, float]:

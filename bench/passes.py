@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.decode import RESULTS, into_readme
+from bench.results import RESULTS, into_readme
 from gptcore import weights
 from gptcore.catalogue import Catalogue
 from gptcore.device import Placement

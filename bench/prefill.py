@@ -11,7 +11,6 @@ The result is printed, and written to bench/results/ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from bench.decode import RESULTS, SMOLLM2, into_readme, smollm2_sides
+from bench.decode import SMOLLM2, smollm2_sides
+from bench.results import keep
 from bench.sides import ROOT, pin
 from gptcore.catalogue import Catalogue
 from gptcore.measure.statistics import compare
@@ -128,10 +128,7 @@ def main() -> None:
     table = markdown(result, found, options.tokens)
     print(table)
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "prefill.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "prefill.md").write_text(table)
-        into_readme("prefill", table)
+        keep("prefill", result, table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.decode import RESULTS, into_page
+from bench.results import RESULTS, into_page
 from bench.sides import ROOT
 from gptcore.catalogue import Catalogue
 from gptcore.host.worker import Watcher, Worker

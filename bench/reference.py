@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.decode import RESULTS, into_readme
+from bench.results import keep
 from gptcore.device import cpu_name
 from gptcore.train.events import Stepped, Validated, read_log
 
@@ -132,9 +132,7 @@ def main() -> None:
     text = markdown(result)
     print(text)
     if not options.dry:
-        (RESULTS / "reference.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "reference.md").write_text(text)
-        into_readme("reference", text)
+        keep("reference", result, text)
 
 
 if __name__ == "__main__":

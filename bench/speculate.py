@@ -12,7 +12,6 @@ The result is printed, and written to bench/results/ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 from dataclasses import asdict, dataclass
@@ -20,7 +19,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from bench.decode import RESULTS, SMOLLM2, into_readme
+from bench.decode import SMOLLM2
+from bench.results import keep
 from bench.sides import ROOT, pin
 from gptcore.provenance import provenance
 from gptcore.records import Message, Request
@@ -93,10 +93,7 @@ def main() -> None:
     table = markdown(result)
     print(table)
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "speculate.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "speculate.md").write_text(table)
-        into_readme("speculate", table)
+        keep("speculate", result, table)
 
 
 def outcomes(precision: str, count: int, new_tokens: int, threads: int) -> list[Outcome]:

@@ -19,18 +19,16 @@ The result is printed, and written to bench/results/ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from math import exp, log
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.decode import into_readme
+from bench.results import keep
 from gptcore.catalogue import Catalogue
 from gptcore.device import Placement
 from gptcore.host.regress import Regress
@@ -42,9 +40,8 @@ from gptcore.recipe import Variant
 from gptcore.records import Run, RunState, new_id, now
 from gptcore.spec import gpt
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SPEC = gpt(1, 128, 2, context=64, vocabulary=256)
-CELL = Cell(prompt_tokens=8, new_tokens=3)
+SPEC = gpt(1, 128, 2, context=128, vocabulary=256)
+CELL = Cell(prompt_tokens=96, new_tokens=32)
 BLOCK_S = 0.06
 DELAY = 0.1
 SEED_OF_DELAYED = 10_000
@@ -204,10 +201,7 @@ def main() -> None:
     text = markdown(result)
     print(text)
     if not options.dry:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "trust.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "trust.md").write_text(text)
-        into_readme("trust", text)
+        keep("trust", result, text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""Where the benches keep what they measured: JSON and a table, and the table in a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.sides import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "bench" / "README.md"
+
+
+def keep(name: str, result: Mapping[str, Any], table: str) -> None:
+    """Write a result and its table under a name, and the table into bench/README.md."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(table)
+    into_readme(name, table)
+
+
+def into_readme(name: str, table: str) -> None:
+    """Put a table between the marks of its name in bench/README.md."""
+    into_page(README, name, table)
+
+
+def into_page(page: Path, name: str, table: str) -> None:
+    """Put a table between the marks of its name in a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = page.read_text()
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{table}{end}{after}")
