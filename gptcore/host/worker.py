@@ -24,7 +24,7 @@ from gptcore.host.lock import device_lock
 from gptcore.host.sitting import Job, Sitting, decode_cost, ended, finish, judged
 from gptcore.host.wire import READING
 from gptcore.measure.calibration import named_text, rows, with_text
-from gptcore.measure.memory import PeakMemory, drop_mapped_weights, trim_heap, weight_bytes
+from gptcore.measure.memory import PeakMemory, dropping, trim_heap, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
 from gptcore.passes.base import PassContext
 from gptcore.recipe import Variant
@@ -51,8 +51,6 @@ PEAK_ROOM = 4
 """The bandwidth is measured where this many times the weights of a step are free."""
 LEAST_SHARE = 0.02
 """A pass that is done so far says nothing yet of how long it will take."""
-DROP_EVERY = 0.1
-"""The share of a load or pass after which the weight files' pages are let go of."""
 
 
 @dataclass(slots=True)
@@ -301,7 +299,7 @@ class Worker:
         from gptcore import artifact, weights
         from gptcore.tokenizer import byte_tokenizer
 
-        drop = _dropping()
+        drop = dropping()
 
         def progress(ratio: float) -> None:
             if watcher.cancelled():
@@ -373,7 +371,7 @@ def continues(variant: Variant, made: Variant) -> bool:
 
 def _telling(title: str, watcher: Watcher, clock: Callable[[], float]) -> Callable[[float], None]:
     """Return what tells the share of a pass that is done, and about how long the rest takes."""
-    began, what, drop = clock(), f"applying {title[:1].lower()}{title[1:]}", _dropping()
+    began, what, drop = clock(), f"applying {title[:1].lower()}{title[1:]}", dropping()
 
     def progress(ratio: float) -> None:
         if watcher.cancelled():
@@ -386,22 +384,6 @@ def _telling(title: str, watcher: Watcher, clock: Callable[[], float]) -> Callab
 
     progress(0.0)
     return progress
-
-
-def _dropping() -> Callable[[float], None]:
-    """Return what lets go of the weight files' pages, each time that so much more is done.
-
-    A layer that was converted is there twice otherwise: as it was in its file, and as it is now.
-    """
-    due = DROP_EVERY
-
-    def drop(ratio: float) -> None:
-        nonlocal due
-        if ratio >= due:
-            due = ratio + DROP_EVERY
-            drop_mapped_weights()
-
-    return drop
 
 
 class _Desk:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ def trim_heap() -> None:
 
 
 MADV_DONTNEED = 4
+DROP_EVERY = 0.1
+"""The share of a load or pass after which the weight files' pages are let go of."""
 UNWRITTEN = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) .* (?P<file>/.*)\n(?:[A-Z].*\n)*?Anonymous: +0 kB$", re.MULTILINE
 )
@@ -45,6 +48,22 @@ def drop_mapped_weights(suffix: str = ".safetensors") -> None:
         begin, end = (int(one, 16) for one in found.group(1, 2))
         if found["file"].endswith(suffix.encode()):
             library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+
+
+def dropping() -> Callable[[float], None]:
+    """Return what lets go of the weight files' pages, each time that so much more is done.
+
+    A layer that was converted is there twice otherwise: as it was in its file, and as it is now.
+    """
+    due = DROP_EVERY
+
+    def drop(ratio: float) -> None:
+        nonlocal due
+        if ratio >= due:
+            due = ratio + DROP_EVERY
+            drop_mapped_weights()
+
+    return drop
 
 
 class PeakMemory:

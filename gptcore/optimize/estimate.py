@@ -1,9 +1,9 @@
 """What a recipe will take, before it starts: bytes by arithmetic, seconds by trying it small.
 
-The passes run on models of two and four blocks of the same shape with random weights, on a text of
-the same size. What one block more takes, times the blocks that are missing, is the estimate. Quick
-ones run several times, and the shortest counts: a difference of two times is easily lost in what
-else the machine does.
+The passes run on the model's first two and first four blocks (where an earlier pass changed its
+shape: on random ones), with the text that they are calibrated on. What one block more takes, times
+the blocks that are missing, is the estimate. Quick ones run several times, and the shortest counts:
+a difference of two times is easily lost in what else the machine does.
 
 Error: passes whose work grows faster than with the number of blocks (a sensitivity scan) take
 longer than this says; times on a shared machine drift by a fifth.
@@ -13,16 +13,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from gptcore.catalogue import Catalogue
 from gptcore.errors import GptcoreError
 from gptcore.fit import needed_bytes
+from gptcore.measure.calibration import named_text, rows, with_text
+from gptcore.measure.memory import drop_mapped_weights, dropping
 from gptcore.passes.base import Pass, PassContext
-from gptcore.recipe import Calibration, Variant
+from gptcore.paths import models_dir
+from gptcore.recipe import Variant
 from gptcore.records import RunKind
 from gptcore.spec import ModelSpec
 from gptcore.work import Desk, Work
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptcore.model import GPT
 
 FEW, MORE = 2, 4
 """Blocks of the two models that are tried."""
@@ -93,30 +102,50 @@ class Estimate(Work):
     def _tried(
         self, one: Pass, spec: ModelSpec, layers: int, check: Callable[[], None]
     ) -> float | None:
-        import torch
-
-        from gptcore.weights import build_random
-
         small, placement = spec.model_copy(update={"layers": layers}), self.variant.placement
         tried = one.on_few_layers(layers)
         if tried.blocked_by(small, placement):
             return None
 
-        def progress(ratio: float) -> None:
-            check()
-
-        text = self.variant.recipe.calibration or Calibration()
-        random = torch.Generator().manual_seed(0)
-        shape = (text.sequences, min(text.tokens, small.context))
-        ids = torch.randint(small.vocabulary, shape, generator=random)
         took: list[float] = []
-        while len(took) < TRIES and sum(took) < TRIES_S:
-            model = build_random(small, placement)
-            context = PassContext(placement=placement, progress=progress, calibration_ids=ids)
-            began = time.perf_counter()
-            try:
+        try:
+            ids = self._ids(small) if tried.needs_calibration else None
+            while len(took) < TRIES and sum(took) < TRIES_S:
+                model, progress = self._model(spec, small), _telling(check)
+                context = PassContext(placement=placement, progress=progress, calibration_ids=ids)
+                drop_mapped_weights()  # they are read for the first time in every try
+                began = time.perf_counter()
                 tried.apply(model, context)
-            except GptcoreError:
-                return None
-            took.append(time.perf_counter() - began)
+                took.append(time.perf_counter() - began)
+        except GptcoreError:
+            return None
         return min(took)
+
+    def _model(self, spec: ModelSpec, small: ModelSpec) -> GPT:
+        """Return a model of the first blocks, random where the real ones are not to be had."""
+        from gptcore import weights
+
+        variant, catalogue = self.variant, Catalogue(models_dir())
+        random = variant.weights_id.startswith("random:")
+        if random or spec != variant.spec or catalogue.artifact(variant.model):
+            return weights.build_random(small, variant.placement)
+        source = replace(catalogue.checkpoint(variant.model), spec=small)
+        return weights.build(source, variant.placement)
+
+    def _ids(self, small: ModelSpec) -> Tensor:
+        """Return the calibration text as the model reads it."""
+        wanted = with_text(self.variant.recipe, paths=True).calibration
+        assert wanted is not None
+        tokenizer = Catalogue(models_dir()).tokenizer(self.variant.model)
+        return rows(named_text(wanted, paths=True).content, wanted, tokenizer, small.context)
+
+
+def _telling(check: Callable[[], None]) -> Callable[[float], None]:
+    """Return what a pass tells its progress: it costs what it costs in earnest."""
+    drop = dropping()
+
+    def progress(ratio: float) -> None:
+        check()
+        drop(ratio)
+
+    return progress
