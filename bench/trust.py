@@ -6,12 +6,11 @@ and how often does the 95 % interval of the ratio hold 1.1? Each is what ``compa
 do, with the default rule, on the real engine. The two hundred take turns, so that a busy hour of
 the machine meets both.
 
-It is meant to be run on a machine as it is, busy or not. The work is short, so that most of its
-repetitions are not interrupted. The true ratio is known for the first hundred: 1. With the delay it
-is a little above 1.1: a processor that has just waited in a loop begins what follows a microsecond
-slower, and where many processes share a core, longer work is interrupted more often. The intervals
-on a quiet machine are narrower than that (below half a per cent), and are right to leave 1.1 out.
-So they are also held against the ratio that the hundred find together.
+It wants a core of its own: ``taskset -c 0 python -m bench.trust``. A stretch of work takes about a
+millisecond, so that what a processor loses by waiting in a loop, about a microsecond, does not
+count. Where other processes have half of the core, work that is longer by a tenth is interrupted
+more often, and its median is longer by more than a tenth: then the intervals are right to leave 1.1
+out. So they are also held against the ratio that the hundred find together.
 
 The result is printed, and written to bench/results/ and into bench/README.md.
 """
