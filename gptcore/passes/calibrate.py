@@ -50,31 +50,47 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
     Args:
         hessian: (I, I), symmetric and not negative; not written to.
-        damping: share of the mean curvature; raised tenfold, at most four times, where rounding
-            leaves H not invertible.
+        damping: as ``root``.
 
     Returns:
-        (I, I) float32.
+        (I, I), in the Hessian's type.
+
+    Raises:
+        NumericalError: as ``root``.
+    """
+    import torch
+
+    # The Cholesky factor of H read backwards is an upper one, L·Lᵀ = H, and U its inverse.
+    lower = root(hessian.flip(0, 1), damping)
+    one = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+    return factor
+
+
+def root(hessian: Tensor, damping: float) -> Tensor:
+    """Return the lower triangular S with S·Sᵀ = H + damping · mean of H's diagonal · 1.
+
+    Args:
+        hessian: (I, I), symmetric and not negative; not written to.
+        damping: share of the mean curvature; raised tenfold, at most four times, where rounding
+            leaves H not invertible.
 
     Raises:
         NumericalError: the Hessian holds NaN, or no damping helps.
     """
     import torch
 
-    size = hessian.shape[0]
     mean = hessian.diagonal().mean().item() or 1.0
     for more in range(5):
         damped = hessian.clone()
         damped.diagonal().add_(damping * 10**more * mean)
-        # The Cholesky factor of H read backwards is an upper one, L·Lᵀ = H, and U its inverse.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.item() and lower.isfinite().all():
-            one = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
-            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
-            return factor
+            return lower
     raise NumericalError(
-        f"The inputs of a layer of {size:,} columns cannot be inverted: choose another calibration "
-        "text, or more damping."
+        f"The inputs of a layer of {len(hessian):,} columns cannot be inverted: choose another "
+        "calibration text, or more damping."
     )
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from gptcore.device import Placement
 from gptcore.passes.base import Pass, PassContext, Stage
-from gptcore.passes.calibrate import Statistics, text_for
+from gptcore.passes.calibrate import Statistics, root, text_for
 from gptcore.passes.convert import convert_projections
 from gptcore.spec import BYTES, LinearShape, ModelSpec
 
@@ -156,16 +156,19 @@ def factors(weight: Tensor, rank: int, hessian: Tensor | None) -> tuple[Tensor, 
 
     Returns:
         In float64.
+
+    Raises:
+        NumericalError: the Hessian holds NaN.
     """
     import torch
 
     rows, columns = weight.shape
     exact = weight.double()
     if hessian is None:
-        root = torch.eye(columns, dtype=torch.float64, device=weight.device)
+        whitening = torch.eye(columns, dtype=torch.float64, device=weight.device)
     else:
-        root = square_root(hessian.double())
-    seen = exact @ root  # (R, C)
+        whitening = root(hessian.double(), DAMPING)
+    seen = exact @ whitening  # (R, C)
     if rows <= columns:
         _, vectors = torch.linalg.eigh(seen @ seen.T)
         outer = vectors[:, -rank:]  # (R, r), orthonormal
@@ -173,19 +176,10 @@ def factors(weight: Tensor, rank: int, hessian: Tensor | None) -> tuple[Tensor, 
     else:
         _, vectors = torch.linalg.eigh(seen.T @ seen)
         outer = seen @ vectors[:, -rank:]
-        inner = torch.linalg.solve_triangular(root, vectors[:, -rank:].T, upper=False, left=False)
+        inner = torch.linalg.solve_triangular(
+            whitening, vectors[:, -rank:].T, upper=False, left=False
+        )
     return outer, inner
-
-
-def square_root(hessian: Tensor) -> Tensor:
-    """Return a lower triangular S with S·Sᵀ = H, damped just enough to be invertible."""
-    import torch
-
-    mean = hessian.diagonal().mean().item() or 1.0
-    damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * mean)
-    root: Tensor = torch.linalg.cholesky(damped)
-    return root
 
 
 def weights_of(rows: int, columns: int, rank: int, *, pivoted: bool) -> int:

@@ -287,11 +287,11 @@ def _time(lab: Lab, variant: Variant) -> None:
     seconds = found["seconds"] if found else None
     value = "…" if found is None else shown.UNKNOWN
     if seconds is not None:
-        value = f"about {shown.duration(seconds)}" if seconds >= ABOUT_S else "under 1 s"
+        value = f"≈ {shown.duration(seconds)}" if seconds >= ABOUT_S else "under 1 s"
     st.metric(
         "Making it takes",
         value,
-        help="Tried on a few blocks of random weights, and scaled; the proof comes on top.",
+        help="Tried on a few blocks, and scaled; the proof comes on top.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -214,3 +215,17 @@ def test_nan_and_a_missing_text_are_refused_in_a_sentence(method: str) -> None:
     if method == "whitened":
         with pytest.raises(InvalidInput, match="choose a calibration text"):
             applied(LowRank(), made(LLAMA))
+
+
+def test_inputs_that_fill_few_directions_are_damped_until_they_can_be_inverted() -> None:
+    """As many tokens as a short text gives a wide layer, summed up in fp32."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 256) * torch.logspace(0, 4, 256)
+    hessian = x.T @ x / len(x)
+    hessian -= 3e-6 * hessian.diagonal().mean() * torch.eye(256)  # what rounding can do
+    assert torch.linalg.cholesky_ex(hessian.double()).info.item() > 0
+    outer, inner = factors(torch.randn(64, 256), 16, hessian)
+    assert outer.isfinite().all()
+    assert inner.isfinite().all()
+    with pytest.raises(NumericalError, match="cannot be inverted"):
+        factors(torch.randn(64, 256), 16, torch.full((256, 256), math.nan))
