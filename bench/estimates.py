@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from bench.results import keep
+from bench.results import RESULTS, keep
 from gptcore.catalogue import Catalogue
 from gptcore.device import cores, cpu_name
 from gptcore.host.worker import Watcher, Worker
@@ -104,13 +104,19 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def known() -> list[dict[str, Any]]:
+    """Return the lines that are kept."""
+    file = RESULTS / "estimates.json"
+    return json.loads(file.read_text())["lines"] if file.exists() else []
+
+
 def main() -> None:
     """Measure every recipe, print and keep."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--only", help="a recipe that begins so")
+    parser.add_argument("--only", help="recipes that begin so; the others' lines are kept")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dry", action="store_true", help="print, and write no file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -121,6 +127,7 @@ def main() -> None:
     lines = []
     for recipe in RECIPES:
         if options.only and not recipe.startswith(options.only):
+            lines += [one for one in known() if one["recipe"] == recipe]
             continue
         command = [sys.executable, "-m", "bench.estimates", "--child", recipe]
         command += ["--model", options.model, "--threads", str(options.threads)]
