@@ -116,10 +116,13 @@ class _PrepackedInt8(PackedLinear):
     @property
     def integers(self) -> torch.ScriptObject:
         """The numbers as torch's kernels read them."""
-        if self._arranged is None:
-            assert self._waiting is not None
-            self._arranged, self._waiting = prepacked(self._waiting), None
+        self._arrange()
+        assert self._arranged is not None
         return self._arranged
+
+    def _arrange(self) -> None:
+        if self._waiting is not None:
+            self._arranged, self._waiting = prepacked(self._waiting), None
 
     def numbers(self) -> Quantized:
         """Return the codes and scales that this layer was made of."""
@@ -127,7 +130,7 @@ class _PrepackedInt8(PackedLinear):
 
     def make_ready(self) -> None:
         """Arrange the numbers now."""
-        assert self.integers is not None
+        self._arrange()
 
 
 class Int8Linear(_PrepackedInt8):
@@ -138,22 +141,18 @@ class Int8Linear(_PrepackedInt8):
     """
 
     kind: ClassVar[str] = "int8_dynamic"
+    sums: Tensor
+    """(O,): each row's sum of weights, which a shift of the activations is multiplied with."""
 
     def __init__(self, numbers: Quantized, bias: Tensor | None) -> None:
         super().__init__(numbers, bias)
         self.packed_bytes += 4 * self.rows
 
-    @functools.cached_property
-    def sums(self) -> Tensor:
-        """(O,): each row's sum of weights, which a shift of the activations is multiplied with."""
-        numbers = self.numbers()
-        codes = numbers.codes.sum(1, dtype=torch.float32) - 128 * self.columns
-        return codes * numbers.scale[:, 0]
-
-    def make_ready(self) -> None:
-        """Add up the rows, and arrange the numbers, now."""
-        assert len(self.sums) == self.rows
-        super().make_ready()
+    def _arrange(self) -> None:
+        if (numbers := self._waiting) is not None:
+            codes = numbers.codes.sum(1, dtype=torch.float32) - 128 * self.columns
+            self.sums = codes * numbers.scale[:, 0]
+        super()._arrange()
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) float32 -> (…, O) float32."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,6 @@ from pages.parts.compare_state import Side, Wanted
 from pages.parts.permalink import pack, unpacked
 from tests.conftest import ROOT
 from tests.tiny import tiny_checkpoint
-
-
-@pytest.fixture
-def lab(data_folder: Path) -> Iterator[Lab]:
-    tiny_checkpoint(data_folder / "models" / "tiny")
-    with Lab.open(monitor=False) as lab:
-        services.set_lab(lab)
-        yield lab
-        services.set_lab(None)
-
 
 WANTED = Wanted(
     sides=(Side(model="tiny"), Side(model="tiny", precision="bf16")),

@@ -1,7 +1,6 @@
 """Every page's script with a real lab: drawn without an exception, empty and after a run."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from gptcore.lab import Lab
 from gptcore.records import Request, RunState
 from pages.parts import services
 from tests.conftest import ROOT
-from tests.tiny import tiny_checkpoint
 
 FILES = {
     "A laboratory for GPT models": "",
@@ -26,15 +24,6 @@ FILES = {
     "Live": "operate/live.py",
     "History": "operate/history.py",
 }
-
-
-@pytest.fixture
-def lab(data_folder: Path) -> Iterator[Lab]:
-    tiny_checkpoint(data_folder / "models" / "tiny")
-    with Lab.open(monitor=False) as lab:
-        services.set_lab(lab)
-        yield lab
-        services.set_lab(None)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The explain page: every view looks, draws what it found, and says what hinders it."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,26 +9,16 @@ from streamlit.testing.v1 import AppTest
 from gptcore.explain.work import Explain
 from gptcore.lab import Lab
 from gptcore.records import RunState
-from pages.parts import explain_charts, explain_state, permalink, services
+from pages.parts import explain_charts, explain_state, permalink
 from tests.conftest import ROOT
-from tests.tiny import tiny_checkpoint
 
 TEXT = "Once <b>upon</b> a time there was a small fox"
 VIEWS = tuple(explain_state.VIEWS)
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One lab for all tests here, since each host takes seconds to start."""
-    folder: Path = tmp_path_factory.mktemp("explain")
-    tiny_checkpoint(folder / "data" / "models" / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPTLAB_DATA", str(folder / "data"))
-        patch.setenv("GPTLAB_LOCKS", str(folder / "locks"))
-        with Lab.open(monitor=False) as lab:
-            services.set_lab(lab)
-            yield lab
-            services.set_lab(None)
+def lab(lasting_lab: Lab) -> Lab:
+    return lasting_lab
 
 
 def opened(wanted: dict[str, Any] | None = None, **query: str) -> AppTest:

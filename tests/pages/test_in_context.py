@@ -1,7 +1,6 @@
 """The page on work in context: both views run, draw what was found, and say what hinders them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ from streamlit.testing.v1 import AppTest
 
 from gptcore.lab import Lab
 from gptcore.records import RunState
-from pages.parts import in_context_state, permalink, services
+from pages.parts import in_context_state, permalink
 from tests.conftest import ROOT
-from tests.tiny import tiny_checkpoint
 
 VIEWS = in_context_state.VIEWS
 FEW = {"view": "Few-shot", "shots": [0, 1], "most_items": 50, "kinds": ["facts"]}
@@ -20,17 +18,8 @@ RULE = {"view": "Constraint", "rule": "choices", "choices": "yes\nno", "texts": 
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One lab for all tests here, since each host takes seconds to start."""
-    folder: Path = tmp_path_factory.mktemp("in_context")
-    tiny_checkpoint(folder / "data" / "models" / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPTLAB_DATA", str(folder / "data"))
-        patch.setenv("GPTLAB_LOCKS", str(folder / "locks"))
-        with Lab.open(monitor=False) as lab:
-            services.set_lab(lab)
-            yield lab
-            services.set_lab(None)
+def lab(lasting_lab: Lab) -> Lab:
+    return lasting_lab
 
 
 def opened(wanted: dict[str, Any] | None = None, **query: str) -> AppTest:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from gptcore.lab import Lab
 from gptcore.records import Request
-from pages.parts import permalink, services
+from pages.parts import permalink
 from pages.parts.optimize_state import Draft
 from tests.conftest import ROOT
-from tests.tiny import tiny_checkpoint
 
 
 def script() -> None:
@@ -105,15 +102,6 @@ def test_a_bad_link_is_one_sentence_and_the_page_starts_as_for_a_newcomer(
     (problem,) = test.error
     assert problem.value.startswith(said)
     assert test.text[0].value == ""
-
-
-@pytest.fixture
-def lab(data_folder: Path) -> Iterator[Lab]:
-    tiny_checkpoint(data_folder / "models" / "tiny")
-    with Lab.open(monitor=False) as lab:
-        services.set_lab(lab)
-        yield lab
-        services.set_lab(None)
 
 
 def opened(file: str, test: AppTest | None = None, **query: str) -> AppTest:

@@ -1,6 +1,5 @@
 """The plan's page: every view is drawn, assumptions go into the address and come back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,10 @@ from gptcore.plan import peaks
 from gptcore.plan.assumptions import Assumptions
 from gptcore.plan.peaks import MachinePeaks, Rates, keep_peaks
 from gptcore.records import Request, RunState
-from pages.parts import plan_state, services
+from pages.parts import plan_state
 from tests.conftest import ROOT
-from tests.tiny import tiny_checkpoint
 
 VIEWS = ("Size", "Memory", "Fit", "Training", "Speed", "Capacity")
-
-
-@pytest.fixture
-def lab(data_folder: Path) -> Iterator[Lab]:
-    tiny_checkpoint(data_folder / "models" / "tiny")
-    with Lab.open(monitor=False) as lab:
-        services.set_lab(lab)
-        yield lab
-        services.set_lab(None)
 
 
 def opened(**query: str) -> AppTest:
