@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ class KVCache:
         known_v.narrow(2, self.length, new).copy_(v)
         end = self.length + new
         return known_k.narrow(2, 0, end), known_v.narrow(2, 0, end)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Write keys and values as ``extend`` does, and return what ``attend`` finds in all."""
+        return attend(q, *self.extend(layer, k, v), mask)
 
     def truncate(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
@@ -97,9 +102,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if where.cos is not None and where.sin is not None:
             q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, G, S, D)
-        y = attend(q, k, v, where.mask)  # (B, H, T, D)
+        found = attend if cache is None else partial(cache.attend, layer)
+        y = found(q, k, v, where.mask)  # (B, H, T, D)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))  # (B, T, W)
         return out
 

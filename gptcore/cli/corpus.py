@@ -98,10 +98,10 @@ def _written(
     if tokenizer.chat_template is None:
         raise InvalidInput(f"{options.model} knows no chat, so it cannot be asked for texts.")
     model = weights.build(checkpoint, placement)
-    by_row = quantized.suits(options.device)
-    if by_row:
-        model = quantized.quantize_rows(model)
-    precision = "int8, activations by row" if by_row else placement.precision
+    as_integers = quantized.suits(options.device)
+    if as_integers:
+        model = quantized.quantize(model)
+    precision = "int8, activations in 8 bits" if as_integers else placement.precision
     made_by = recipe(plan, options.model, checkpoint.weights_id, precision)
     ledger = Ledger(options.to or corpus_dir(), made_by)
 

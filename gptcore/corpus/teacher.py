@@ -2,7 +2,7 @@
 
 A decode step of one stream reads every weight for one token; of a batch, for one token each. So
 the batch is as large as memory allows, and a sequence that has ended leaves it. The words that all
-prompts of a batch begin with are read once and copied.
+prompts of a batch begin with are computed once, and looked at once a step for all.
 
 Letters of shapes: B sequences still written, T new tokens, V vocabulary.
 """
@@ -128,13 +128,16 @@ def _read(
     """Return a cache that holds the prompts, and the logits after them: (B, V)."""
     import torch
 
-    cache = model.new_cache(len(prompts[0]) + max_new_tokens, len(prompts))
-    device, shared = cache.k.device, common_prefix(prompts)
+    from gptcore.corpus.shared_cache import SharedPrefixCache
+
+    capacity, shared = len(prompts[0]) + max_new_tokens, common_prefix(prompts)
+    device = next(model.parameters()).device
     if shared:
         one = model.new_cache(shared)
         model(torch.tensor([list(prompts[0][:shared])], device=device), one, last_only=True)
-        cache.k[:, :, :, :shared], cache.v[:, :, :, :shared] = one.k, one.v
-        cache.length = shared
+        cache: KVCache = SharedPrefixCache(model.spec, one, capacity, len(prompts))
+    else:
+        cache = model.new_cache(capacity, len(prompts))
     rest = torch.tensor([list(prompt[shared:]) for prompt in prompts], device=device)
     return cache, model(rest, cache, last_only=True)[:, -1]
 

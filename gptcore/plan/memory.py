@@ -31,6 +31,8 @@ PREFILL_TOKENS = 512
 """Positions that are read at once; a longer prompt goes in pieces, and one prompt at a time."""
 SCRATCH_BYTES = 64 * 2**20
 """What operations were seen to take beside the activations on a CPU."""
+PACKED_SCRATCH_BYTES = 32 * 2**20
+"""Likewise where the program's own library multiplies packed weights."""
 GPU_CONTEXT_BYTES = 500 * 10**6
 """What CUDA keeps on a card before anything is loaded; 300 to 600 MB are seen."""
 
@@ -123,7 +125,7 @@ def kv_bytes_per_token(spec: ModelSpec, precision: str, *, on_cpu: bool = False)
 
 
 def weights_bytes(spec: ModelSpec, precision: str, *, on_cpu: bool = False) -> int:
-    """Return all weights, with scales where they are packed; an embedding is never packed."""
+    """Return all weights, with scales where they are packed."""
     return sum(one.weights_bytes for one in stages(spec, precision, Split(), on_cpu=on_cpu))
 
 
@@ -142,7 +144,9 @@ def stages(
     for index in range(split.pipeline):
         layers = base + (index < more)
         embeds, heads = index == 0, index == split.pipeline - 1
-        parameters, held = _held(spec, precision, size, layers, embeds, heads, split.tensor)
+        parameters, held = _held(
+            spec, precision, size, layers, embeds, heads, split.tensor, on_cpu=on_cpu
+        )
         found.append(Stage(first, first + layers, embeds, heads, parameters, held))
         first += layers
     return tuple(found)
@@ -156,7 +160,7 @@ def inference(
     context: int,
     split: Split = Split(),
     on_cpu: bool = False,
-    scratch_bytes: int = SCRATCH_BYTES,
+    scratch_bytes: int | None = None,
 ) -> Memory:
     """Return what generating takes on the fullest device.
 
@@ -167,7 +171,7 @@ def inference(
         context: positions of each.
         split: over tensor and pipeline; copies (data) take the same each.
         on_cpu: as this program runs on a CPU.
-        scratch_bytes: what the library takes beside it.
+        scratch_bytes: what the library takes beside it, where that is known better.
 
     Error: within 10 % of the largest resident set of this program's own models of 124 and 356
     million parameters on a CPU, less what Python and torch take alone.
@@ -184,6 +188,9 @@ def inference(
     if on_cpu and precision == "int8":  # several tokens are brought to one magnitude first
         activations += tokens * spec.hidden * size
     activations += 2 * batch * spec.vocabulary * 4 // split.tensor
+    if scratch_bytes is None:
+        own = on_cpu and precision not in BYTES
+        scratch_bytes = PACKED_SCRATCH_BYTES if own else SCRATCH_BYTES
     return Memory(max(one.weights_bytes for one in held), cache, activations, 0, 0, scratch_bytes)
 
 
@@ -278,6 +285,8 @@ def _held(
     embeds: bool,
     heads: bool,
     tensor: int,
+    *,
+    on_cpu: bool,
 ) -> tuple[int, int]:
     """Return parameters and bytes of ``layers`` blocks on one of ``tensor`` devices."""
     d = spec.width
@@ -296,7 +305,8 @@ def _held(
         parameters += table + places
         total += places * size
         if precision == "int8":  # its pass packs the table too, with a scale a row
-            total += _share(spec.vocabulary * (d + 4), tensor)
+            in_head = on_cpu and heads and spec.tied_head  # where our own library looks it up
+            total += 0 if in_head else _share(spec.vocabulary * (d + 4), tensor)
         else:
             total += table * size
     if heads:

@@ -124,14 +124,14 @@ def test_the_common_prefix_leaves_one_token_to_read() -> None:
     assert common_prefix([[1, 2], [3, 2]]) == 0
 
 
-def test_rows_in_8_bits_stay_near_and_do_not_touch_each_other(
+def test_a_teacher_in_8_bits_stays_near_and_its_texts_do_not_touch_each_other(
     teacher: tuple[GPT, Tokenizer], tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint(tmp_path, scale=0.3)
     exact = weights.build(weights.describe(folder), Placement())
     ids = torch.arange(60).view(6, 10)
     whole = exact(ids)
-    near = quantized.quantize_rows(exact)
+    near = quantized.quantize(exact)
     logits = near(ids)
     assert (logits - whole).abs().mean() < 0.05 * whole.std()
     assert torch.allclose(near(ids[:1]), logits[:1], atol=1e-4)

@@ -22,7 +22,7 @@ from tests.kernels.shapes import SPECS, full_logits, random_model, some_ids
 
 pytestmark = pytest.mark.skipif(bool(kernels.unavailable()), reason=str(kernels.unavailable()))
 
-SHAPES = [(1, 1), (16, 64), (17, 65), (50, 70), (3, 31), (129, 200), (32, 33)]
+SHAPES = [(1, 1), (16, 64), (17, 65), (50, 70), (3, 31), (129, 200), (32, 33), (40, 640)]
 """(N, K): one block exactly, one more than that, less than a group, less than a register."""
 KINDS = ["rows", "int8", "int4"]
 
@@ -47,20 +47,36 @@ def numbers(
     return codes, scale, zero, (codes.double() - 8) * wide + zero.double()[:, of_column]
 
 
+@pytest.mark.parametrize("activation_bits", [16, 8])
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_products_agree_with_float64(rows: int, columns: int, kind: str, group: int) -> None:
-    # x is rounded to a 65,024th of its group's peak; w · x adds up no more than |w| · that.
+def test_products_agree_with_float64(
+    rows: int, columns: int, kind: str, group: int, activation_bits: int
+) -> None:
+    # x is off by half a step of its group's peak at most; w · x adds up no more than |w| · that.
     codes, scale, zero, weight = numbers(kind, rows, columns, group)
     matrix = Matrix.of(codes, scale, zero, group=group)
     random = torch.Generator().manual_seed(1)
     x = torch.randn(19, columns, generator=random) * torch.logspace(-3, 3, 19)[:, None]
     bias = torch.randn(rows, generator=random)
-    found = matrix.times(x, bias).double()
+    found = matrix.times(x, bias, activation_bits=activation_bits).double()
     wanted = x.double() @ weight.T + bias.double()
-    bound = x.abs().amax(1).double()[:, None] * weight.abs().sum(1) * (1 / 65024 + 1e-6) + 1e-6
+    half_step = 1 / (2 * 127 * (256 if activation_bits == 16 else 1))
+    bound = x.abs().amax(1).double()[:, None] * weight.abs().sum(1) * (half_step + 1e-6) + 1e-6
     assert ((found - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_bits_of_activations_are_rounded_with_a_scale_for_some_groups(kind: str) -> None:
+    # 10 groups of 64 with one scale a row: no more than four share theirs, and 10 = 5 · 2.
+    codes, scale, zero, weight = numbers(kind, 40, 640, 64)
+    x = torch.randn(21, 640, generator=torch.Generator().manual_seed(3))
+    parts = x.double().view(21, -1, 128 if kind == "rows" else 64)
+    step = parts.abs().amax(-1, keepdim=True) / 127
+    wanted = ((parts / step).round() * step).flatten(1) @ weight.T
+    found = Matrix.of(codes, scale, zero, group=64).times(x, None, activation_bits=8)
+    assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-3 * wanted.abs().mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,15 +93,17 @@ def test_numbers_come_back_as_they_were(rows: int, columns: int, kind: str) -> N
     assert torch.allclose(picked.double(), weight, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation_bits", [16, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_vectors_at_once_give_the_bits_of_each_alone(kind: str) -> None:
+def test_many_vectors_at_once_give_the_bits_of_each_alone(kind: str, activation_bits: int) -> None:
     # Tiles of 8, 4, 2 and 1 vectors are all met with 1 to 23.
     codes, scale, zero, _ = numbers(kind, 50, 200, 64)
     matrix = Matrix.of(codes, scale, zero, group=64)
     x = torch.randn(23, 200, generator=torch.Generator().manual_seed(2))
-    alone = torch.cat([matrix.times(row[None], None) for row in x])
+    alone = torch.cat([matrix.times(row[None], None, activation_bits=activation_bits) for row in x])
     for count in range(1, 24):
-        assert torch.equal(matrix.times(x[:count], None), alone[:count])
+        found = matrix.times(x[:count], None, activation_bits=activation_bits)
+        assert torch.equal(found, alone[:count])
 
 
 def test_zeros_and_tiny_numbers_are_multiplied() -> None:

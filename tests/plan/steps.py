@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from gptcore.engine import decode, prefill
+from gptcore.kernels.step import adopt
 from gptcore.measure.memory import PeakMemory, trim_heap
 from gptcore.model import GPT
 from gptcore.passes.base import PassContext
@@ -28,6 +29,7 @@ def generating(spec: ModelSpec, precision: str, context: int) -> int:
     model = build_random(spec, placement)
     for one in recipe.passes:
         model = one.apply(model, PassContext(placement=placement))
+    adopt(model)  # as an engine does
     trim_heap()
     with PeakMemory() as peak:
         cache = model.new_cache(context)

@@ -53,12 +53,8 @@ def taken(*arguments: str) -> int:
 )
 def test_generating_takes_what_was_predicted(name: str, precision: str, context: int) -> None:
     predicted = memory.inference(PRESETS[name], precision, context=context, on_cpu=True).total
-    seen = []
-    for _ in range(3):  # what the C library keeps of freed pages differs from start to start
-        seen.append(taken("generate", name, precision, str(context)))
-        if predicted == pytest.approx(seen[-1], rel=WITHIN):
-            return
-    pytest.fail(f"{predicted:,} bytes were predicted and {seen} taken")
+    seen = taken("generate", name, precision, str(context))
+    assert predicted == pytest.approx(seen, rel=WITHIN)
 
 
 @pytest.mark.slow
@@ -120,6 +116,8 @@ def test_weights_are_what_the_passes_say_they_leave(name: str, precision: str) -
     left = spec.parameters * BYTES[placement.precision]
     for one in recipe.passes:
         left = one.weights_bytes_after(spec, placement, left)
+    if precision == "int8":  # its table lies in the head then, where the native step looks it up
+        left -= spec.vocabulary * (spec.width + 4)
     assert memory.weights_bytes(spec, precision, on_cpu=True) == left
 
 

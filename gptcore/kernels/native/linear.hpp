@@ -18,7 +18,9 @@
 // threads nor how many vectors are multiplied at once.
 //
 // Error: an activation is off by at most half a step, max|x of the group| / 65,024. With 8 bits it
-// would be 256 times that, and cost SmolLM2 a divergence of 0.004 to 0.007 from its own weights.
+// is 256 times that, and costs SmolLM2 a divergence of 0.004 to 0.007 from its own weights. Where
+// hundreds of vectors are multiplied, arithmetic is all that counts, and who asks for it gets one
+// multiplication of 8 bits instead of two.
 
 #pragma once
 
@@ -59,33 +61,44 @@ inline int64_t block_bytes(int format, int64_t columns, int group) {
   return (integer_bytes(format, columns, group) + scales + 63) / 64 * 64;
 }
 
-// Vectors of activations as 16-bit integers, 256 · high + low.
+// Vectors of activations as 16-bit integers, 256 · high + low, or as 8-bit ones.
 struct Integers {
   int8_t* high;    // (vectors, columns filled up to whole groups), −127 to 127
-  int8_t* low;     // likewise, −128 to 127
+  int8_t* low;     // likewise, −128 to 127; null where `high` is all there is
   float* scales;   // (vectors, groups)
   int32_t* sums;   // (vectors, groups), of the integers
   int64_t groups;
   int group;
 };
 
-constexpr float STEPS = 127 * 256;
+constexpr int MOST_GROUP = 256;  // columns
+constexpr float STEPS = 127 * 256, FEW_STEPS = 127;
 constexpr float SMALLEST = 1e-30f;  // a group of smaller numbers becomes zeros
+
+// Columns that share a scale of 8-bit activations: several groups of a layer that has one scale a
+// row, as every group costs about as much as 20 columns.
+inline int few_steps_group(const Linear& l) {
+  int64_t groups = groups_of(l.columns, l.group);
+  int64_t several = l.format == INT8_ROWS ? MOST_GROUP / l.group : 1;
+  while (groups % several != 0) several--;
+  return int(several) * l.group;
+}
 
 // Quantize vector t. A value that is no finite number makes its group's scale NaN.
 template <typename T>
 inline void quantize(const T* x, int64_t columns, const Integers& to, int64_t t) {
   int8_t* high = to.high + t * to.groups * to.group;
-  int8_t* low = to.low + t * to.groups * to.group;
+  int8_t* low = to.low == nullptr ? nullptr : to.low + t * to.groups * to.group;
+  const float steps = low == nullptr ? FEW_STEPS : STEPS;
   const int parts = to.group / LANES;
   for (int64_t g = 0; g < to.groups; g++) {
     int64_t begin = g * to.group;
     int64_t here = columns - begin < to.group ? columns - begin : to.group;
-    F group[64 / LANES];
+    F group[MOST_GROUP / LANES];
     if (here == to.group) {
       for (int i = 0; i < parts; i++) group[i] = load_floats(x + begin + i * LANES);
     } else {
-      float padded[64];
+      float padded[MOST_GROUP];
       for (int64_t k = 0; k < to.group; k++) padded[k] = k < here ? load_float(x + begin + k) : 0;
       for (int i = 0; i < parts; i++) group[i] = load<F>(padded + i * LANES);
     }
@@ -97,93 +110,104 @@ inline void quantize(const T* x, int64_t columns, const Integers& to, int64_t t)
     }
     float peak = largest(most);
     const bool finite = sum(not_finite) == 0;
-    float inverse = finite && peak > SMALLEST ? STEPS / peak : 0.0f;
+    float inverse = finite && peak > SMALLEST ? steps / peak : 0.0f;
     I total = {};
     for (int i = 0; i < parts; i++) {
       I q = finite ? rounded(group[i] * inverse) : I{};
-      I upper = (q + 128) >> 8;
       total += q;
+      I upper = low == nullptr ? q : (q + 128) >> 8;
       store(high + begin + i * LANES, __builtin_convertvector(upper, Quarter));
+      if (low == nullptr) continue;
       store(low + begin + i * LANES, __builtin_convertvector(q - (upper << 8), Quarter));
     }
     int32_t added = 0;
     for (int i = 0; i < LANES; i++) added += total[i];
-    to.scales[t * to.groups + g] = finite ? peak / STEPS : NAN;
+    to.scales[t * to.groups + g] = finite ? peak / steps : NAN;
     to.sums[t * to.groups + g] = added;
   }
 }
 
 constexpr int PREFETCH_BYTES = 6144;  // ahead of what is read; reaching past the end does no harm
 
-// y[t][row of the block] for VECTORS vectors from t on. The weights are read once for all.
-template <int FORMAT, int VECTORS>
-inline void packed_block(const Linear& l, int64_t block, const Integers& x, int64_t t,
-                         float (*y)[BLOCK]) {
+// y[t][row] of BLOCKS neighbouring blocks for VECTORS vectors from t on, of 16 bits where FINE, else
+// of 8. The weights are read once for all vectors, and the vectors once for all blocks.
+template <int FORMAT, int VECTORS, int BLOCKS, bool FINE>
+inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int64_t t,
+                          float (*y)[BLOCKS * BLOCK]) {
   constexpr bool WIDE = FORMAT != INT4;
   constexpr int RESIDUE_OF_CODES = WIDE ? RESIDUE : 8;
-  const int group = l.group;
+  constexpr int ROWS = BLOCKS * PARTS;  // registers of rows
+  const int group = FINE ? l.group : x.group;  // one of 8 bits may span several of the layer's
   const int64_t groups = x.groups;
-  const char* w = static_cast<const char*>(l.weights) +
-                  block * block_bytes(FORMAT, l.columns, group);
-  const char* scales = w + integer_bytes(FORMAT, l.columns, group);
-  F acc[VECTORS][PARTS] = {};
+  const int64_t bytes = block_bytes(FORMAT, l.columns, l.group);
+  const char* w = static_cast<const char*>(l.weights) + block * bytes;
+  const char* scales = w + integer_bytes(FORMAT, l.columns, l.group);
+  auto place = [bytes](int row) { return row / PARTS * bytes; };  // of a row's block
+  F acc[VECTORS][ROWS] = {};
   for (int64_t g = 0; g < groups; g++) {
-    I high[VECTORS][PARTS] = {}, low[VECTORS][PARTS];
+    // `low` has what the codes' offset adds; without low bytes it is all there is.
+    I high[VECTORS][ROWS] = {}, low[VECTORS][ROWS];
     GPT_UNROLL
     for (int v = 0; v < VECTORS; v++)
       GPT_UNROLL
-      for (int p = 0; p < PARTS; p++)
-        low[v][p] = all(-RESIDUE_OF_CODES * x.sums[(t + v) * groups + g]);
+      for (int r = 0; r < ROWS; r++)
+        low[v][r] = all(-RESIDUE_OF_CODES * x.sums[(t + v) * groups + g]);
     const int8_t* xh = x.high + (t * groups + g) * group;
-    const int8_t* xl = x.low + (t * groups + g) * group;
+    const int8_t* xl = FINE ? x.low + (t * groups + g) * group : xh;
     for (int k = 0; k < group; k += WIDE ? 4 : 8, w += 64) {
-      prefetch(w + PREFETCH_BYTES);
+      Bytes first[ROWS], second[ROWS];
       GPT_UNROLL
-      for (int p = 0; p < PARTS; p++) {
-        Bytes read = load<Bytes>(w + p * 4 * LANES);
-        Bytes first = WIDE ? read : read & 15;
-        Bytes second = bits<Bytes>(bits<U>(read) >> 4) & 15;
+      for (int r = 0; r < ROWS; r++) {
+        if (r % PARTS == 0) prefetch(w + place(r) + PREFETCH_BYTES);
+        Bytes read = load<Bytes>(w + place(r) + r % PARTS * 4 * LANES);
+        first[r] = WIDE ? read : read & 15;
+        second[r] = bits<Bytes>(bits<U>(read) >> 4) & 15;
+      }
+      GPT_UNROLL
+      for (int v = 0; v < VECTORS; v++) {
+        const int64_t at = v * groups * group + k;
         GPT_UNROLL
-        for (int v = 0; v < VECTORS; v++) {
-          const int64_t at = v * groups * group + k;
-          high[v][p] = dot<WIDE>(high[v][p], first, xh + at);
-          low[v][p] = dot<WIDE>(low[v][p], first, xl + at);
+        for (int r = 0; r < ROWS; r++) {
+          if (FINE) high[v][r] = dot<WIDE>(high[v][r], first[r], xh + at);
+          low[v][r] = dot<WIDE>(low[v][r], first[r], xl + at);
           if (WIDE) continue;
-          high[v][p] = dot<WIDE>(high[v][p], second, xh + at + 4);
-          low[v][p] = dot<WIDE>(low[v][p], second, xl + at + 4);
+          if (FINE) high[v][r] = dot<WIDE>(high[v][r], second[r], xh + at + 4);
+          low[v][r] = dot<WIDE>(low[v][r], second[r], xl + at + 4);
         }
       }
     }
     GPT_UNROLL
-    for (int p = 0; p < PARTS; p++) {
-      const char* of_group = scales + g * BLOCK * (WIDE ? 2 : 4) + p * LANES * 2;
+    for (int r = 0; r < ROWS; r++) {
+      const char* of_group =
+          scales + place(r) + g * BLOCK * (WIDE ? 2 : 4) + r % PARTS * LANES * 2;
       F scale = FORMAT == INT8_ROWS ? F{} : widen(load<Half>(of_group));
       F zero = WIDE ? F{} : widen(load<Half>(of_group + BLOCK * 2));
       GPT_UNROLL
       for (int v = 0; v < VECTORS; v++) {
         // At most 64 · 255 · 127 · 256 = 5.3e8 and the residue, less than 2^31.
-        F total = as_float((high[v][p] << 8) + low[v][p]);
+        F total = as_float(FINE ? (high[v][r] << 8) + low[v][r] : low[v][r]);
         float step = x.scales[(t + v) * groups + g];
-        acc[v][p] += total * (FORMAT == INT8_ROWS ? all(step) : scale * step);
-        if (!WIDE) acc[v][p] += zero * (step * float(x.sums[(t + v) * groups + g]));
+        acc[v][r] += total * (FORMAT == INT8_ROWS ? all(step) : scale * step);
+        if (!WIDE) acc[v][r] += zero * (step * float(x.sums[(t + v) * groups + g]));
       }
     }
   }
   GPT_UNROLL
-  for (int p = 0; p < PARTS; p++) {
-    F scale = FORMAT == INT8_ROWS ? load<F>(scales + p * LANES * 4) : all(1.0f);
+  for (int r = 0; r < ROWS; r++) {
+    const char* of_rows = scales + place(r) + r % PARTS * LANES * 4;
+    F scale = FORMAT == INT8_ROWS ? load<F>(of_rows) : all(1.0f);
     GPT_UNROLL
-    for (int v = 0; v < VECTORS; v++) store(y[v] + p * LANES, acc[v][p] * scale);
+    for (int v = 0; v < VECTORS; v++) store(y[v] + r * LANES, acc[v][r] * scale);
   }
 }
 
-template <int VECTORS>
-inline void packed_block(const Linear& l, int64_t block, const Integers& x, int64_t t,
-                         float (*y)[BLOCK]) {
+template <int VECTORS, int BLOCKS = 1, bool FINE = true>
+inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int64_t t,
+                          float (*y)[BLOCKS * BLOCK]) {
   switch (l.format) {
-    case INT8_ROWS: return packed_block<INT8_ROWS, VECTORS>(l, block, x, t, y);
-    case INT8_GROUPS: return packed_block<INT8_GROUPS, VECTORS>(l, block, x, t, y);
-    default: return packed_block<INT4, VECTORS>(l, block, x, t, y);
+    case INT8_ROWS: return packed_blocks<INT8_ROWS, VECTORS, BLOCKS, FINE>(l, block, x, t, y);
+    case INT8_GROUPS: return packed_blocks<INT8_GROUPS, VECTORS, BLOCKS, FINE>(l, block, x, t, y);
+    default: return packed_blocks<INT4, VECTORS, BLOCKS, FINE>(l, block, x, t, y);
   }
 }
 
@@ -347,7 +371,7 @@ inline void block_of_tile(const Linear& l, int64_t block, const Activation& a, i
   int64_t first = block * BLOCK;
   int rows = int(l.rows - first < BLOCK ? l.rows - first : BLOCK);
   if (is_packed(l)) {
-    packed_block<VECTORS>(l, block, l.group == 32 ? a.by32 : a.by64, t, y);
+    packed_blocks<VECTORS>(l, block, l.group == 32 ? a.by32 : a.by64, t, y);
   } else {
     constexpr int WHOLE = rows_at_once(VECTORS, 1), HALVED = rows_at_once(VECTORS, 2);
     int64_t from = first * l.columns, at = t * a.stride;

@@ -144,9 +144,10 @@ class Room {
   std::vector<void*> taken_;
 };
 
-inline Integers integers(Room& room, int64_t vectors, int64_t columns, int group) {
-  int64_t groups = groups_of(columns, group);
-  return {room.take<int8_t>(vectors * groups * group), room.take<int8_t>(vectors * groups * group),
+inline Integers integers(Room& room, int64_t vectors, int64_t columns, int group,
+                         bool fine = true) {
+  int64_t groups = groups_of(columns, group), bytes = vectors * groups * group;
+  return {room.take<int8_t>(bytes), fine ? room.take<int8_t>(bytes) : nullptr,
           room.take<float>(vectors * groups), room.take<int32_t>(vectors * groups), groups, group};
 }
 
@@ -391,36 +392,45 @@ class Session {
 // Many vectors times one packed matrix.
 constexpr int64_t CACHED_BYTES = 1 << 20;  // of activations that stay near while rows go by
 
-template <int VECTORS>
+constexpr int MANY_TILE = LANES == 16 ? 4 : 1;  // vectors whose sums by PAIR blocks registers hold
+constexpr int PAIR = 2;
+
+template <int VECTORS, int BLOCKS, bool FINE>
 inline int64_t tile_of(const Linear& l, int64_t block, const Integers& x, int64_t t, int64_t end,
                        float* y) {
   if constexpr (VECTORS > 1)
-    if (end - t < VECTORS) return tile_of<VECTORS / 2>(l, block, x, t, end, y);
-  float tile[VECTORS][BLOCK];
-  packed_block<VECTORS>(l, block, x, t, tile);
+    if (end - t < VECTORS) return tile_of<VECTORS / 2, BLOCKS, FINE>(l, block, x, t, end, y);
+  float tile[VECTORS][BLOCKS * BLOCK];
+  packed_blocks<VECTORS, BLOCKS, FINE>(l, block, x, t, tile);
+  int64_t first = block * BLOCK, rows = l.rows - first;
+  rows = rows < BLOCKS * BLOCK ? rows : BLOCKS * BLOCK;
   for (int v = 0; v < VECTORS; v++)
-    for (int64_t r = 0; r < BLOCK && block * BLOCK + r < l.rows; r++) {
-      int64_t row = block * BLOCK + r;
-      y[(t + v) * l.rows + row] = tile[v][r] + (l.bias != nullptr ? l.bias[row] : 0.0f);
-    }
+    for (int64_t r = 0; r < rows; r++)
+      y[(t + v) * l.rows + first + r] = tile[v][r] + (l.bias != nullptr ? l.bias[first + r] : 0.0f);
   return t + VECTORS;
 }
 
-template <typename T>
+template <bool FINE, typename T>
 inline void multiply(const Linear& l, const T* x, int64_t vectors, float* y, int threads) {
+  constexpr int VECTORS = FINE ? MANY_TILE : 2 * MANY_TILE;
   Room room;
-  Integers q = integers(room, vectors, l.columns, l.group);
-  int64_t row_bytes = 2 * q.groups * q.group;
-  int64_t strip = CACHED_BYTES / row_bytes / TILE * TILE;
-  strip = strip < TILE ? TILE : strip;
+  Integers q = integers(room, vectors, l.columns, FINE ? l.group : few_steps_group(l), FINE);
+  int64_t row_bytes = (FINE ? 2 : 1) * q.groups * q.group;
+  int64_t strip = CACHED_BYTES / row_bytes / VECTORS * VECTORS;
+  strip = strip < VECTORS ? VECTORS : strip;
   int64_t strips = (vectors + strip - 1) / strip, blocks = blocks_of(l.rows);
+  int64_t pairs = (blocks + PAIR - 1) / PAIR;
   Pool::of_this_process().run(threads, [&](int thread, Team& team) {
     team.share(thread, vectors,
                [&](int64_t t) { quantize(x + t * l.columns, l.columns, q, t); });
     team.meet();
-    team.share(thread, strips * blocks, [&](int64_t i) {
-      int64_t t = i / blocks * strip, end = t + strip < vectors ? t + strip : vectors;
-      while (t < end) t = tile_of<TILE>(l, i % blocks, q, t, end, y);
+    team.share(thread, strips * pairs, [&](int64_t i) {
+      int64_t t = i / pairs * strip, end = t + strip < vectors ? t + strip : vectors;
+      int64_t block = i % pairs * PAIR;
+      if (block + PAIR <= blocks)
+        while (t < end) t = tile_of<VECTORS, PAIR, FINE>(l, block, q, t, end, y);
+      else
+        while (t < end) t = tile_of<VECTORS, 1, FINE>(l, block, q, t, end, y);
     });
   });
 }
@@ -514,14 +524,21 @@ int gpt_step(void* session, const gpt::Call* calls, int64_t count, int threads) 
   }
 }
 
-// y (vectors, rows) = x (vectors, columns) times a packed matrix. 0, or 1 where there is no memory.
+// y (vectors, rows) = x (vectors, columns) times a packed matrix, with activations of 16 bits where
+// `fine`, else of 8. 0, or 1 where there is no memory.
 int gpt_linear(const gpt::Linear* linear, const void* x, int x_is_bf16, int64_t vectors, float* y,
-               int threads) {
+               int fine, int threads) {
+  auto product = [&](const auto* from) {
+    if (fine)
+      gpt::multiply<true>(*linear, from, vectors, y, threads);
+    else
+      gpt::multiply<false>(*linear, from, vectors, y, threads);
+  };
   try {
     if (x_is_bf16)
-      gpt::multiply(*linear, static_cast<const uint16_t*>(x), vectors, y, threads);
+      product(static_cast<const uint16_t*>(x));
     else
-      gpt::multiply(*linear, static_cast<const float*>(x), vectors, y, threads);
+      product(static_cast<const float*>(x));
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
