@@ -426,6 +426,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = texts.add_subparsers(required=True, metavar="VERB")
     written = _command(verbs, "write", corpus.write_texts, "let a teacher write more texts")
     corpus.add_write_arguments(written)
+    joined = _command(verbs, "join", corpus.join_texts, "bring texts from other folders into it")
+    corpus.add_join_arguments(joined)
     shown = _command(verbs, "sheet", corpus.show_sheet, "say what it holds")
     corpus.add_sheet_arguments(shown)
 

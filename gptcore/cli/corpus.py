@@ -13,6 +13,7 @@ from typing import Any
 from gptcore import weights
 from gptcore.cli.terminal import catalogue, noticed_interrupt, say
 from gptcore.corpus import quantized
+from gptcore.corpus.join import join
 from gptcore.corpus.shards import Ledger, corpus_dir
 from gptcore.corpus.sheet import page, sheet
 from gptcore.corpus.write import Plan, Progress, recipe, write
@@ -45,6 +46,12 @@ def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``corpus sheet``."""
     parser.add_argument("--to", type=Path, help="the folder of the shards (default data/corpus)")
     parser.add_argument("--keep", action="store_true", help=f"write it into {SHEET} there too")
+
+
+def add_join_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``corpus join``."""
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that were written to")
+    parser.add_argument("--to", type=Path, help="the folder of the shards (default data/corpus)")
 
 
 def write_texts(options: argparse.Namespace) -> dict[str, Any]:
@@ -127,6 +134,22 @@ def _written(
         "tokens_per_s": done.tokens / max(done.seconds, 1e-9),
         "recipe": made_by,
     }
+
+
+def join_texts(options: argparse.Namespace) -> dict[str, Any]:
+    """Bring the texts of other folders into the corpus.
+
+    Raises:
+        InvalidInput, StoreError: as ``join`` says.
+    """
+    done = join(options.to or corpus_dir(), options.folders)
+    if not options.json:
+        refused = ", ".join(f"{count:,} {reason}" for reason, count in done.refused.items())
+        say(
+            f"{done.texts:,} texts added in {len(done.shards)} shards; left out: "
+            f"{refused or 'none'}."
+        )
+    return asdict(done)
 
 
 def show_sheet(options: argparse.Namespace) -> dict[str, Any]:

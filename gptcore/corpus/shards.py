@@ -208,6 +208,18 @@ class Ledger:
         self._pending = []
         return file
 
+    def take(self, shard: Shard) -> Path:
+        """Keep a shard that was written elsewhere, as one of its own; return its file.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
+        """
+        self.close()
+        try:
+            return self._put(shard)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+
     def _recorded(self) -> Iterator[tuple[dict[str, Any], Batch]]:
         """Yield (recipe, batch) of the whole lines of the pending file."""
         file = self.folder / PENDING
@@ -238,27 +250,31 @@ class Ledger:
             self._close(recipe, batches)
 
     def _close(self, recipe: Mapping[str, Any], batches: Sequence[Batch]) -> Path | None:
-        found = [text for one in batches for text in one.texts]
+        texts = tuple(text for one in batches for text in one.texts)
         refused: dict[str, int] = {}
         for one in batches:
             for reason, count in one.refused.items():
                 refused[reason] = refused.get(reason, 0) + count
         file = None
         if batches:
-            head = {
-                "format": FORMAT,
-                "recipe": recipe,
-                "first": batches[0].batch,
-                "last": batches[-1].batch,
-                "refused": refused,
-                "texts": len(found),
-            }
-            rows = [head, *map(asdict, found)]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file = self.folder / f"{self._next_number():04d}.jsonl.xz"
-            _replace(file, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+            file = self._put(Shard(recipe, batches[0].batch, batches[-1].batch, refused, texts))
         # A writer that is killed between the two finds batches below next_batch and drops them.
         (self.folder / PENDING).unlink(missing_ok=True)
+        return file
+
+    def _put(self, shard: Shard) -> Path:
+        head = {
+            "format": FORMAT,
+            "recipe": shard.recipe,
+            "first": shard.first,
+            "last": shard.last,
+            "refused": shard.refused,
+            "texts": len(shard.texts),
+        }
+        rows = [head, *map(asdict, shard.texts)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file = self.folder / f"{self._next_number():04d}.jsonl.xz"
+        _replace(file, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
         return file
 
     def _next_number(self) -> int:

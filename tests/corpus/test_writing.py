@@ -11,6 +11,7 @@ import torch
 
 from gptcore import weights
 from gptcore.corpus import quantized
+from gptcore.corpus.join import join
 from gptcore.corpus.shards import (
     PENDING,
     SHARES,
@@ -239,6 +240,31 @@ def test_what_was_made_otherwise_gets_a_shard_of_its_own(tmp_path: Path) -> None
     shards = [read_shard(file) for file in shard_files(tmp_path)]
     assert [one.recipe["teacher"] for one in shards] == ["a", "b"]
     assert [(one.first, one.last) for one in shards] == [(0, 0), (1, 1)]
+
+
+def test_texts_of_other_folders_join_with_their_own_recipe_and_none_twice(tmp_path: Path) -> None:
+    here, one, two = (tmp_path / name for name in ("here", "one", "two"))
+    Ledger(here, {"seed": 1}).add(batch(0))
+    Ledger(one, {"seed": 2}).add(batch(0, 4))  # its first three are here
+    second = Ledger(two, {"seed": 3})
+    second.add(batch(5))
+    second.close()
+    second.add(batch(6))
+    done = join(here, [one, two])
+    assert (done.texts, done.refused) == (7, {"duplicate": 3})
+    shards = [read_shard(file) for file in shard_files(here)]
+    assert [shard.recipe["seed"] for shard in shards] == [1, 2, 3, 3]
+    assert shards[1].refused == {"length": 1, "duplicate": 3}
+    assert len({found.text for found in texts(here)}) == 10
+    again = join(here, [two])
+    assert (again.texts, again.shards) == (0, ())
+
+
+def test_what_cannot_join_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for other, reason in (("", "itself"), ("nowhere", "no folder"), ("empty", "no texts")):
+        with pytest.raises(InvalidInput, match=reason):
+            join(tmp_path, [tmp_path / other])
 
 
 def cut(content: bytes) -> bytes:
