@@ -247,9 +247,9 @@ def test_texts_of_other_folders_join_with_their_own_recipe_and_none_twice(tmp_pa
     Ledger(here, {"seed": 1}).add(batch(0))
     Ledger(one, {"seed": 2}).add(batch(0, 4))  # its first three are here
     second = Ledger(two, {"seed": 3})
-    second.add(batch(5))
+    second.add(Batch(0, batch(5).texts, {}))
     second.close()
-    second.add(batch(6))
+    second.add(Batch(1, batch(6).texts, {}))
     done = join(here, [one, two])
     assert (done.texts, done.refused) == (7, {"duplicate": 3})
     shards = [read_shard(file) for file in shard_files(here)]
