@@ -428,6 +428,10 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_write_arguments(written)
     joined = _command(verbs, "join", corpus.join_texts, "bring texts from other folders into it")
     corpus.add_join_arguments(joined)
+    learned = _command(
+        verbs, "learn", corpus.learn_tales, "train the model that ships, and write its card"
+    )
+    corpus.add_learn_arguments(learned)
     shown = _command(verbs, "sheet", corpus.show_sheet, "say what it holds")
     corpus.add_sheet_arguments(shown)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from gptcore import weights
 from gptcore.cli.terminal import catalogue, noticed_interrupt, say
+from gptcore.cli.train import Terminal
 from gptcore.corpus import quantized
 from gptcore.corpus.join import join
 from gptcore.corpus.shards import Ledger, corpus_dir
@@ -20,7 +21,10 @@ from gptcore.corpus.write import Plan, Progress, recipe, write
 from gptcore.device import Placement, require_device
 from gptcore.errors import Cancelled, InvalidInput
 from gptcore.host.sharing import shared_device
+from gptcore.paths import data_dir
 from gptcore.tokenizer import load_tokenizer
+from gptcore.train import tales
+from gptcore.train.events import Observer
 
 SHEET = "README.md"
 
@@ -52,6 +56,71 @@ def add_join_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``corpus join``."""
     parser.add_argument("folders", nargs="+", type=Path, help="folders that were written to")
     parser.add_argument("--to", type=Path, help="the folder of the shards (default data/corpus)")
+
+
+def add_learn_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``corpus learn``."""
+    parser.add_argument("--corpus", default="", help="the folder of the shards")
+    parser.add_argument("--to", type=Path, help="the model's folder (default: beside the data)")
+    parser.add_argument("--work", type=Path, help="keeps the trainings; named again, they go on")
+    parser.add_argument("--teacher", default="smollm2-135m", help="reads the samples afterwards")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument(
+        "--whole-only", action="store_true", help="leave out the parts of the corpus"
+    )
+
+
+def learn_tales(options: argparse.Namespace) -> dict[str, Any]:
+    """Train the model that ships, describe it, and hold it against the one that ships.
+
+    Ctrl-C leaves a checkpoint; the same command goes on with it.
+
+    Raises:
+        InvalidInput, StoreError, DoesNotFit, Cancelled: as their names say.
+    """
+    import torch
+
+    placement = Placement(threads=options.threads)
+    torch.set_num_threads(placement.resolved_threads)
+    work = options.work or data_dir() / "trainings" / tales.NAME
+    target = options.to or data_dir() / "made" / tales.NAME
+    before = tales.read_judged(tales.shipped())
+    observe: Observer = (lambda event: None) if options.json else Terminal()
+    with (
+        noticed_interrupt() as interrupted,
+        shared_device(
+            "cpu",
+            "train",
+            wait=True,
+            on_wait=lambda holder: print(f"waiting: {holder} has it", file=sys.stderr),
+            cancelled=lambda: bool(interrupted),
+        ) as share,
+    ):
+
+        def breathe() -> None:
+            if interrupted:
+                raise Cancelled("Stopped.")
+            share()
+
+        learned = []
+        for part in (1.0,) if options.whole_only else tales.PASSES:
+            one, model = tales.learn(options.corpus, work, part, observe=observe, breathe=breathe)
+            learned.append(one)
+            if part == 1:
+                whole = model
+        corpus = Path(options.corpus).expanduser() if options.corpus else corpus_dir()
+        judged = tales.judge(whole, corpus, learned, catalogue(), options.teacher, breathe=breathe)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tales.publish(whole, target, judged)
+    found = {"model": str(target), "test_bits_per_byte": judged.test_bits_per_byte}
+    if not options.json:
+        say(f"{target}: {judged.test_bits_per_byte:.4f} bits per byte on the test part.")
+    if before is not None:
+        ratio = judged.test_bits_per_byte / before["test_bits_per_byte"]
+        found |= {"shipped_bits_per_byte": before["test_bits_per_byte"], "ratio": ratio}
+        if not options.json:
+            say(f"The one that ships has {before['test_bits_per_byte']:.4f}: × {ratio:.4f}.")
+    return found
 
 
 def write_texts(options: argparse.Namespace) -> dict[str, Any]:

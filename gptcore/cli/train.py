@@ -193,7 +193,7 @@ def _observers(
     with contextlib.ExitStack() as opened:
         listening: list[Observer] = []
         if processes.first and not options.json:
-            listening.append(_Terminal())
+            listening.append(Terminal())
         if processes.first and options.tensorboard:
             from gptcore.train.events import tensorboard
 
@@ -217,7 +217,7 @@ def _observers(
         yield observe
 
 
-class _Terminal:
+class Terminal:
     """Prints a line at each validation and note, and every tenth second between."""
 
     def __init__(self) -> None:

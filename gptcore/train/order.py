@@ -49,6 +49,14 @@ class Order(BaseModel):
         title="Corpus",
         description="The folder of the corpus; empty is the one that ships.",
     )
+    share: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        title="Share of the corpus",
+        description="Of its training texts; which ones follows from their hash, and a smaller "
+        "share is a part of a larger one.",
+    )
     tokenizer: str = Field(
         "char",
         max_length=4096,
@@ -214,11 +222,18 @@ def _data(order: Order, tokenizer: Path) -> Data:
 def _texts(order: Order, part: Part) -> Iterator[str]:
     """Yield the texts, or pieces of the text, of one part."""
     if not order.text:
-        yield from (one.text for one in texts(_corpus(order), part))
+        share = order.share if part == "train" else 1.0
+        yield from (one.text for one in texts(_corpus(order), part) if within(one.text, share))
         return
     file = Path(order.text).expanduser()
     at = split(file)
     yield from pieces(file, 0, at) if part == "train" else pieces(file, at)
+
+
+def within(text: str, share: float) -> bool:
+    """Return whether a text belongs to a share of all, by its hash."""
+    at = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return at < share * 2**64
 
 
 def _corpus(order: Order) -> Path:
@@ -242,7 +257,7 @@ def _stamp(order: Order) -> str:
             f"{brief(order.text or file.name)} cannot be read: {error.strerror}. Give a file of "
             "UTF-8 text."
         ) from None
-    return digest.hexdigest()
+    return digest.hexdigest() + (f":{order.share}" if order.share < 1 else "")
 
 
 def _make_tokenizer(order: Order, folder: Path) -> None:

@@ -17,7 +17,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +146,28 @@ def train(
     """
     processes = processes or Processes()
     run = _Run(job, folder, device, processes, peak_flop_per_s, observe, clock)
-    run.prepare(resume)
-    with EnergyMeter(device) as run.energy:
-        ended = run.loop(breathe, deadline_s)
-    return run.finish(ended)
+    with no_denormals():
+        run.prepare(resume)
+        with EnergyMeter(device) as run.energy:
+            ended = run.loop(breathe, deadline_s)
+        return run.finish(ended)
+
+
+@contextlib.contextmanager
+def no_denormals() -> Iterator[None]:
+    """Let this thread, and those that it starts, take numbers below 1e-38 for 0.
+
+    The gradient of a confident softmax is full of them, and a CPU multiplies them 40 times more
+    slowly than others.
+    """
+    import torch
+
+    before = torch.ones(1).mul(1e-38).mul(0.1).item() == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 class _Run:

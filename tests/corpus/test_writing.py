@@ -261,7 +261,14 @@ def test_texts_of_other_folders_join_with_their_own_recipe_and_none_twice(tmp_pa
     shards = [read_shard(file) for file in shard_files(here)]
     assert [shard.recipe["seed"] for shard in shards] == [1, 2, 3, 3]
     assert shards[1].refused == {"length": 1, "duplicate": 2}
-    assert sorted(found.text[:3] for found in texts(here)) == "ant bee cow dog eel fox".split()
+    assert sorted(found.text[:3] for found in texts(here)) == [
+        "ant",
+        "bee",
+        "cow",
+        "dog",
+        "eel",
+        "fox",
+    ]
     again = join(here, [two])
     assert (again.texts, again.shards) == (0, ())
 
