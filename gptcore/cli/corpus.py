@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import weights
+from gptcore.catalogue import SHIPPED
 from gptcore.cli.terminal import catalogue, noticed_interrupt, say
 from gptcore.cli.train import Terminal
 from gptcore.corpus import quantized
@@ -82,9 +83,9 @@ def learn_tales(options: argparse.Namespace) -> dict[str, Any]:
 
     placement = Placement(threads=options.threads)
     torch.set_num_threads(placement.resolved_threads)
-    work = options.work or data_dir() / "trainings" / tales.NAME
-    target = options.to or data_dir() / "made" / tales.NAME
-    before = tales.read_judged(tales.shipped())
+    work = options.work or data_dir() / "trainings" / SHIPPED.name
+    target = options.to or data_dir() / "made" / SHIPPED.name
+    before = tales.read_judged(SHIPPED)
     observe: Observer = (lambda event: None) if options.json else Terminal()
     with (
         noticed_interrupt() as interrupted,

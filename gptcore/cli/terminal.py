@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from gptcore.catalogue import Catalogue, as_path
+from gptcore.catalogue import Catalogue, as_path, open_catalogue
 from gptcore.device import require_device
 from gptcore.errors import (
     Cancelled,
@@ -27,7 +27,6 @@ from gptcore.errors import (
 from gptcore.host.wire import error_from_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.measure.calibration import with_text
-from gptcore.paths import models_dir
 from gptcore.provenance import owner, provenance
 from gptcore.recipe import SHORTHANDS, Recipe, Variant, recipe_from_text
 from gptcore.records import Measurement, Run, RunKind, RunState, Token, new_id, now
@@ -83,7 +82,7 @@ def noticed_interrupt() -> Iterator[list[int]]:
 
 def catalogue() -> Catalogue:
     """Return the models of the data folder."""
-    return Catalogue(models_dir())
+    return open_catalogue()
 
 
 def add_variant_arguments(parser: argparse.ArgumentParser) -> None:

@@ -224,6 +224,7 @@ class Terminal:
         self._silent_s = 0.0
 
     def __call__(self, event: Event) -> None:
+        """Print an event, or keep silent."""
         match event:
             case Stepped():
                 self._silent_s += event.seconds

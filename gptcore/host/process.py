@@ -24,13 +24,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, BinaryIO
 
-from gptcore.catalogue import Catalogue
+from gptcore.catalogue import open_catalogue
 from gptcore.errors import Cancelled, GptcoreError, StoreError, internal_error
 from gptcore.host.sitting import Job
 from gptcore.host.wire import encode, run_from_json, run_to_json, token_to_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.host.works import work_from_json
-from gptcore.paths import models_dir
 from gptcore.recipe import Variant
 from gptcore.records import Request, Run, RunState, Token, now
 from gptcore.store import Store, open_store
@@ -50,7 +49,7 @@ class HostProcess:
     def __init__(
         self, device: str, store: Store | None, orders: BinaryIO, events: BinaryIO
     ) -> None:
-        self._worker = Worker(device, Catalogue(models_dir()))
+        self._worker = Worker(device, open_catalogue())
         self._store = store
         self._orders = orders
         self._events = events

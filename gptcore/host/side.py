@@ -19,11 +19,10 @@ def main() -> None:
     """Answer orders until there are none."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    from gptcore.catalogue import Catalogue
+    from gptcore.catalogue import open_catalogue
     from gptcore.errors import GptcoreError
     from gptcore.host.worker import Watcher, Worker
     from gptcore.measure.timing import Cell, once
-    from gptcore.paths import models_dir
     from gptcore.recipe import Variant
 
     model: Any = None
@@ -31,7 +30,7 @@ def main() -> None:
     def load(order: dict[str, Any]) -> dict[str, Any]:
         nonlocal model
         variant = Variant.model_validate(order["variant"])
-        loaded = Worker(order["device"], Catalogue(models_dir())).load(variant, Watcher())
+        loaded = Worker(order["device"], open_catalogue()).load(variant, Watcher())
         model = loaded.engine.model
         return {
             "load_s": loaded.load_s,

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gptcore.catalogue import Catalogue
+from gptcore.catalogue import open_catalogue
 from gptcore.errors import GptcoreError
 from gptcore.fit import needed_bytes
 from gptcore.measure.calibration import named_text, rows, with_text
 from gptcore.measure.memory import drop_mapped_weights, dropping
 from gptcore.passes.base import Pass, PassContext
-from gptcore.paths import models_dir
 from gptcore.recipe import Variant
 from gptcore.records import RunKind
 from gptcore.spec import ModelSpec
@@ -125,7 +124,7 @@ class Estimate(Work):
         """Return a model of the first blocks, random where the real ones are not to be had."""
         from gptcore import weights
 
-        variant, catalogue = self.variant, Catalogue(models_dir())
+        variant, catalogue = self.variant, open_catalogue()
         random = variant.weights_id.startswith("random:")
         if random or spec != variant.spec or catalogue.artifact(variant.model):
             return weights.build_random(small, variant.placement)
@@ -136,7 +135,7 @@ class Estimate(Work):
         """Return the calibration text as the model reads it."""
         wanted = with_text(self.variant.recipe, paths=True).calibration
         assert wanted is not None
-        tokenizer = Catalogue(models_dir()).tokenizer(self.variant.model)
+        tokenizer = open_catalogue().tokenizer(self.variant.model)
         return rows(named_text(wanted, paths=True).content, wanted, tokenizer, small.context)
 
 

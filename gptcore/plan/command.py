@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, get_args
 
-from gptcore.catalogue import Catalogue
-from gptcore.paths import models_dir
+from gptcore.catalogue import open_catalogue
 from gptcore.plan.assumptions import Assumptions, make, on_card, source
 from gptcore.plan.outcome import Outcome, outcome
 from gptcore.plan.peaks import measure_peaks
@@ -55,7 +54,7 @@ def plan(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
 
 def known_specs() -> dict[str, ModelSpec]:
     """Return the shapes of the installed models by name."""
-    entries = Catalogue(models_dir()).entries()
+    entries = open_catalogue().entries()
     return {one.name: one.spec for one in entries if one.spec is not None}
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptcore.catalogue import Catalogue
+from gptcore.catalogue import open_catalogue
 from gptcore.corpus.shards import Part, corpus_dir, shard_files, texts
 from gptcore.errors import InvalidInput, StoreError
-from gptcore.paths import cache_dir, models_dir
+from gptcore.paths import cache_dir
 from gptcore.sentences import brief, sentence
 from gptcore.spec import ModelSpec, gpt
 from gptcore.tokenizer import load_tokenizer
@@ -107,7 +107,7 @@ def job(order: Order, folder: Path, *, resume: bool = False) -> Job:
         InvalidInput: a text, tokenizer, shape or model that cannot be used.
         StoreError: the disk is full or cannot be written.
     """
-    catalogue = Catalogue(models_dir())
+    catalogue = open_catalogue()
     start = origin(catalogue, order.start) if order.start else None
     teacher = origin(catalogue, order.teacher) if order.teacher else None
     if resume:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from gptcore import weights
 from gptcore.corpus.shards import texts
 from gptcore.device import Placement
-from gptcore.paths import ROOT
 from gptcore.records import FinishReason, Request
 from gptcore.tokenizer import load_tokenizer
 from gptcore.train.checkpoint import steps as checkpoints
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from gptcore.model import GPT
     from gptcore.tokenizer import Tokenizer
 
-NAME = "tales-6m"
 TITLE = "Tales 6M"
 PASSES = {1.0: 4, 1 / 4: 6, 1 / 16: 10}
 """How often a training reads its share of the corpus: the less there is, the more often."""
@@ -313,11 +311,6 @@ def mean_logprob(
     return total / tokens
 
 
-def shipped() -> Path:
-    """Return the folder of the model that ships."""
-    return ROOT / "data" / "models" / NAME
-
-
 def read_judged(folder: Path) -> Mapping[str, Any] | None:
     """Return the numbers of a model made here, as JSON, or None where it has none."""
     try:
@@ -371,8 +364,9 @@ def card(judged: Judged) -> str:
         "",
         "## Data",
         "",
-        f"{judged.corpus_texts:,} texts that SmolLM2-135M-Instruct wrote ([how](../../corpus/README.md)); "
-        f"{whole.train_tokens:,} tokens to learn from. The split follows from each text's hash.",
+        f"{judged.corpus_texts:,} texts that SmolLM2-135M-Instruct wrote "
+        f"([how](../../corpus/README.md)); {whole.train_tokens:,} tokens to learn from. The split "
+        "follows from each text's hash.",
         "",
         "## Recipe",
         "",

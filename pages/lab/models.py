@@ -87,7 +87,7 @@ def actions(entry: ModelEntry) -> None:
                     on_click=free,
                     args=(tuple(devices),),
                 )
-            if st.button("Delete", icon=":material/delete:", key="delete"):
+            if not entry.ships and st.button("Delete", icon=":material/delete:", key="delete"):
                 ask_to_delete(entry.name)
         if entry.problem:
             st.error(shown.escaped(entry.problem), icon=":material/error:")
@@ -101,6 +101,9 @@ def actions(entry: ModelEntry) -> None:
             )
         if entry.note:
             st.caption(f":material/info: {shown.escaped(entry.note)}")
+        if entry.ships and (card := lab.model_card(entry.name)):
+            with st.expander("How it was made, how good it is, and 20 texts that it wrote"):
+                st.markdown(card)
 
 
 def free(devices: tuple[str, ...]) -> None:
@@ -280,7 +283,7 @@ entries = list(lab.models())
 installed = [one for one in entries if one.path is not None]
 with st.container(horizontal=True, vertical_alignment="center"):
     st.title("Models", width="stretch")
-    if not any(one.kind == "installed" and not one.problem for one in entries):
+    if lab.lacks_smollm2():
         st.button(
             "Bring SmolLM2-135M (93 MB)",
             type="primary",

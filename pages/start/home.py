@@ -31,7 +31,7 @@ def first_step() -> None:
         if models:
             best = next((one for one in models if one.chat), models[0])
             st.caption(
-                f"{shown.escaped(best.title)} is installed: "
+                f"{shown.escaped(best.title)} is there: "
                 f"{shown.parameters(best.spec.parameters if best.spec else None)} parameters, "
                 f"{shown.size(best.stored_bytes)} on disk."
             )
@@ -42,14 +42,14 @@ def first_step() -> None:
                 key="write",
             ):
                 st.switch_page(PLAYGROUND, query_params={"model": best.name})
-        else:
+        if lab.lacks_smollm2():
             st.caption(
-                "No pretrained model is installed yet. SmolLM2-135M-Instruct is small enough for "
-                "any machine and writes real sentences (Apache-2.0)."
+                "SmolLM2-135M-Instruct is small enough for any machine, knows chat, and has read "
+                "much more (Apache-2.0)."
             )
             st.button(
                 "Bring SmolLM2-135M (93 MB)",
-                type="primary",
+                type="secondary" if models else "primary",
                 icon=":material/download:",
                 on_click=bring,
                 disabled=is_busy(lab),
