@@ -48,7 +48,13 @@ from gptcore.host.works import WORKS, work_from_json
 from gptcore.measure.apart import Apart as Apart
 from gptcore.measure.calibration import with_text
 from gptcore.measure.compare import Compare as Compare
-from gptcore.measure.corpora import add_text, own_text_file, texts
+from gptcore.measure.corpora import (
+    add_text,
+    calibration_texts,
+    own_text_file,
+    own_texts,
+    texts,
+)
 from gptcore.measure.evaluate import Evaluate as Evaluate
 from gptcore.measure.few_shot import FewShot as FewShot
 from gptcore.measure.guard import differing_conditions, differing_settings
@@ -584,8 +590,16 @@ class Lab:
         return bool(shard_files(corpus_dir()))
 
     def texts(self) -> tuple[str, ...]:
-        """Return the names of the texts to evaluate on, the one that ships first."""
+        """Return the names of the texts to evaluate on, those that ship first."""
         return texts()
+
+    def calibration_texts(self) -> tuple[str, ...]:
+        """Return the names of the texts to calibrate with, those that ship first."""
+        return calibration_texts()
+
+    def own_texts(self) -> list[str]:
+        """Return the names of the user's texts."""
+        return own_texts()
 
     def add_text(self, name: str, content: bytes) -> str:
         """Keep a text to evaluate on under a name, and return the name.

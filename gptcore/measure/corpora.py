@@ -6,6 +6,7 @@ of one role is refused in the other: by its hash, or because too much of it stan
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import secrets
@@ -16,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcore.corpus.shards import Part, corpus_dir, read_shard, shard_files
 from gptcore.errors import InvalidInput, StoreError
 from gptcore.paths import ROOT, data_dir
 from gptcore.records import checked_text
@@ -25,6 +27,10 @@ SHIPPED = ROOT / "data" / "texts"
 EVALUATION = "evaluation"
 CALIBRATION = "calibration"
 """The names of the two texts that ship."""
+TALES: dict[str, Part] = {"tales-test": "test", "tales-calibration": "calibration"}
+"""Parts of the corpus that ship as texts too: one to evaluate on, one to calibrate with."""
+EVALUATION_TEXTS = (EVALUATION, "tales-test")
+CALIBRATION_TEXTS = (CALIBRATION, "tales-calibration")
 MAX_TEXT_BYTES = 4 * 2**20
 JOINING = "one file as one text, lines end in \\n"
 """How pieces became the text that is hashed; part of a perplexity's identity."""
@@ -62,14 +68,15 @@ def evaluation_text(source: str, *, paths: bool = False) -> EvaluationText:
     """Return the text of that name, to evaluate on.
 
     Args:
-        source: "evaluation", the name of a text of the user's, or a path where ``paths`` is set.
+        source: the name of one that ships or of the user's, or a path where ``paths`` is set.
         paths: whether a path is allowed; a page's visitor names texts only.
 
     Raises:
         InvalidInput: there is no such text, it is no UTF-8, too large, or one for calibration.
     """
     found = _text(EvaluationText, source, paths)
-    require_apart(found, _shipped(CalibrationText, CALIBRATION))
+    for name in CALIBRATION_TEXTS:
+        require_apart(found, _shipped(CalibrationText, name))
     return found
 
 
@@ -80,7 +87,8 @@ def calibration_text(source: str, *, paths: bool = False) -> CalibrationText:
         InvalidInput: as ``evaluation_text``; or it is one to evaluate on.
     """
     found = _text(CalibrationText, source, paths)
-    require_apart(_shipped(EvaluationText, EVALUATION), found)
+    for name in EVALUATION_TEXTS:
+        require_apart(_shipped(EvaluationText, name), found)
     return found
 
 
@@ -111,6 +119,7 @@ def require_apart(evaluation: EvaluationText, calibration: CalibrationText) -> N
         )
 
 
+@functools.lru_cache(maxsize=32)
 def overlap(text: str, other: str) -> float:
     """Return the share of the runs of ``text`` that also stand in ``other``, wherever they begin.
 
@@ -129,10 +138,20 @@ def _runs(text: str, step: int) -> NDArray[np.int64]:
 
 
 def texts() -> tuple[str, ...]:
-    """Return the names of the texts to evaluate on: the one that ships, then the user's."""
+    """Return the names of the texts to evaluate on: those that ship, then the user's."""
+    return (*EVALUATION_TEXTS, *own_texts())
+
+
+def calibration_texts() -> tuple[str, ...]:
+    """Return the names of the texts to calibrate with: those that ship, then the user's."""
+    return (*CALIBRATION_TEXTS, *own_texts())
+
+
+def own_texts() -> list[str]:
+    """Return the names of the user's texts."""
     own = _own_folder()
     named = {one.stem for one in own.glob("*.txt")} if own.is_dir() else set()
-    return (EVALUATION, *sorted(named - {EVALUATION, CALIBRATION}))
+    return sorted(named.difference(EVALUATION_TEXTS, CALIBRATION_TEXTS))
 
 
 def own_text_file(name: str) -> Path:
@@ -154,10 +173,11 @@ def add_text(name: str, data: bytes) -> str:
         InvalidInput: the name or the text cannot be used, or the name is taken by another text.
         StoreError: it cannot be written.
     """
-    if not NAME.fullmatch(name) or name in (EVALUATION, CALIBRATION):
+    if not NAME.fullmatch(name) or name in (*EVALUATION_TEXTS, *CALIBRATION_TEXTS):
         raise InvalidInput(
             f"A text cannot be called {brief(name)!r}: take 1 to 64 letters, digits, dots, dashes "
-            f"or underlines, and neither {EVALUATION!r} nor {CALIBRATION!r}."
+            "or underlines, and no name of a text that ships: "
+            f"{', '.join((*EVALUATION_TEXTS, *CALIBRATION_TEXTS))}."
         )
     content = normalised(data, name)
     file = _own_folder() / f"{name}.txt"
@@ -199,7 +219,7 @@ def normalised(data: bytes, name: str) -> str:
 
 
 def _text(role: type[Role], source: str, paths: bool) -> Role:
-    if source in (EVALUATION, CALIBRATION):
+    if source in (*EVALUATION_TEXTS, *CALIBRATION_TEXTS):
         return _shipped(role, source)
     own = _own_folder() / f"{source}.txt"
     if NAME.fullmatch(source) and own.is_file():
@@ -225,6 +245,9 @@ def _own_folder() -> Path:
 
 
 def _shipped(role: type[Role], name: str) -> Role:
+    if name in TALES:
+        files = tuple((file, file.stat().st_mtime_ns) for file in shard_files(corpus_dir()))
+        return _named(role, name, _tales(files)[name])
     return _read(role, SHIPPED / f"{name}.txt", name)
 
 
@@ -234,6 +257,20 @@ def _read(role: type[Role], file: Path, name: str) -> Role:
             data = opened.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise InvalidInput(f"The text {name} cannot be read: {error.strerror}.") from None
-    content = normalised(data, name)
+    return _named(role, name, normalised(data, name))
+
+
+@functools.lru_cache(maxsize=1)
+def _tales(files: tuple[tuple[Path, int], ...]) -> dict[str, str]:
+    """Return the texts of ``TALES``, an empty line between two tales; read once a corpus."""
+    parts: dict[Part, list[str]] = {part: [] for part in TALES.values()}
+    for file, _ in files:
+        for one in read_shard(file).texts:
+            if one.part in parts:
+                parts[one.part].append(one.text)
+    return {name: "\n\n".join(parts[part]) for name, part in TALES.items()}
+
+
+def _named(role: type[Role], name: str, content: str) -> Role:
     digest = hashlib.sha256(content.encode()).hexdigest()
     return role(name, content, f"sha256:{digest}")

@@ -225,7 +225,7 @@ def judge(
     """
     built, tokenizer = _built(weights.describe(model))
     held_out = [one.text for one in texts(corpus, "test")]
-    nats, tokens = _cost_of_stream(built, tokenizer, held_out)
+    nats, tokens = cost_of_stream(built, tokenizer, held_out)
     written = []
     for sample in samples(built, tokenizer):
         breathe()
@@ -257,7 +257,7 @@ def _built(checkpoint: weights.Checkpoint) -> tuple[GPT, Tokenizer]:
     return model, load_tokenizer(checkpoint.directory)
 
 
-def _cost_of_stream(model: GPT, tokenizer: Tokenizer, held_out: Iterable[str]) -> tuple[float, int]:
+def cost_of_stream(model: GPT, tokenizer: Tokenizer, held_out: Iterable[str]) -> tuple[float, int]:
     """Return nats and tokens of texts one behind another, as the trainer reads them.
 
     Windows of the whole context side by side; the first token of a window is not scored, the end

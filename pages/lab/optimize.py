@@ -184,7 +184,7 @@ def recipe_form(lab: Lab, draft: Draft, variant: Variant | None) -> None:
         or "Every technique can run here.",
     )
     if draft.recipe.needs_calibration:
-        names = ["calibration", *(one for one in lab.texts() if one != "evaluation")]
+        names = list(lab.calibration_texts())
         wanted = (draft.recipe.calibration or Calibration()).text
         st.selectbox(
             "Calibration text",

@@ -146,8 +146,7 @@ def form(owner: BaseModel, names: Sequence[str], key: str, take: Any) -> None:
 
 def order_form(lab: Lab, order: Order) -> None:
     """Draw what to learn from, the shape, and how."""
-    own = [one for one in lab.texts() if one != "evaluation"]
-    names = [*([CORPUS] if lab.has_corpus() else []), *own]
+    names = [*([CORPUS] if lab.has_corpus() else []), *lab.own_texts()]
     chosen = CORPUS if not order.text else order.text.rpartition("/")[2].removesuffix(".txt")
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox(

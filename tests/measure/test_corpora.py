@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from gptcore.corpus.shards import corpus_dir
+from gptcore.corpus.shards import texts as corpus_texts
 from gptcore.errors import GptcoreError, InvalidInput
 from gptcore.measure.corpora import (
+    CALIBRATION_TEXTS,
+    EVALUATION_TEXTS,
     MAX_OVERLAP,
     MAX_TEXT_BYTES,
     SHIPPED,
@@ -17,6 +21,7 @@ from gptcore.measure.corpora import (
     EvaluationText,
     add_text,
     calibration_text,
+    calibration_texts,
     evaluation_text,
     overlap,
     require_apart,
@@ -38,20 +43,33 @@ def words(start: int, count: int) -> str:
     return " ".join(f"word{number}" for number in range(start, start + count))
 
 
-def test_the_texts_that_ship_are_usable_and_have_nothing_in_common() -> None:
-    one, other = evaluation_text("evaluation"), calibration_text("calibration")
+@pytest.mark.parametrize("evaluated", EVALUATION_TEXTS)
+@pytest.mark.parametrize("calibrated", CALIBRATION_TEXTS)
+def test_the_texts_that_ship_are_usable_and_have_little_in_common(
+    evaluated: str, calibrated: str
+) -> None:
+    one, other = evaluation_text(evaluated), calibration_text(calibrated)
     assert min(len(one.content.split()), len(other.content.split())) > 2000
-    assert overlap(one.content, other.content) == overlap(other.content, one.content) == 0
-    assert texts() == ("evaluation",)
+    shared = overlap(one.content, other.content), overlap(other.content, one.content)
+    assert max(shared) < (0.01 if "tales" in evaluated + calibrated else 1e-9)
+
+
+def test_parts_of_the_corpus_are_texts() -> None:
+    assert texts() == EVALUATION_TEXTS
+    assert calibration_texts() == CALIBRATION_TEXTS
+    first = next(one.text for one in corpus_texts(corpus_dir(), "test"))
+    assert evaluation_text("tales-test").content.startswith(f"{first}\n\n")
 
 
 @pytest.mark.parametrize(
-    ("read", "name"), [(evaluation_text, "calibration"), (calibration_text, "evaluation")]
+    ("read", "name"),
+    [(evaluation_text, one) for one in CALIBRATION_TEXTS]
+    + [(calibration_text, one) for one in EVALUATION_TEXTS],
 )
 def test_a_text_of_one_role_is_refused_in_the_other(
     read: Callable[[str], object], name: str
 ) -> None:
-    with pytest.raises(InvalidInput, match=r"evaluation is the calibration|calibration is the cal"):
+    with pytest.raises(InvalidInput, match=f"{name} is the calibration text {name}"):
         read(name)
 
 
@@ -118,7 +136,7 @@ def test_a_file_that_is_no_text_is_refused_in_a_sentence(case: str, tmp_path: Pa
 
 @pytest.mark.parametrize("source", ["missing.txt", "", "/", "a" * 5000, "nul\x00", "/dev/zero"])
 def test_a_path_without_a_file_is_refused_and_the_texts_are_named(source: str) -> None:
-    with pytest.raises(InvalidInput, match=r"There is no text file .*: evaluation\."):
+    with pytest.raises(InvalidInput, match=r"There is no text file .*: evaluation, tales-test\."):
         evaluation_text(source, paths=True)
 
 
@@ -135,13 +153,15 @@ def test_a_path_is_read_only_where_paths_are_allowed(tmp_path: Path) -> None:
 def test_a_users_text_is_kept_under_its_name() -> None:
     assert add_text("own.v2", b"Some words.\r\n") == "own.v2"
     assert add_text("own.v2", b"Some words.\n") == "own.v2"  # the same text once more
-    assert texts() == ("evaluation", "own.v2")
+    assert texts() == (*EVALUATION_TEXTS, "own.v2")
     assert evaluation_text("own.v2").content == "Some words.\n"
     with pytest.raises(InvalidInput, match="another text called own"):
         add_text("own.v2", b"Others.")
 
 
-@pytest.mark.parametrize("name", ["", "evaluation", "calibration", "../up", "a/b", ".hidden", "ä"])
+@pytest.mark.parametrize(
+    "name", ["", "evaluation", "tales-test", "calibration", "../up", "a/b", ".hidden", "ä"]
+)
 def test_a_name_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(GptcoreError, match="cannot be called"):
         add_text(name, b"Some words.")
