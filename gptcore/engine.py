@@ -110,6 +110,8 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, clock: Clock = time.monotonic) -> None:
         step = adopt(model)
+        if model.draft is not None:
+            adopt(model.draft.model)
         for one in model.modules():
             if isinstance(one, PackedLinear):
                 one.make_ready()
@@ -508,9 +510,11 @@ class Generation:
                     self.guide.take(id)
                 raw = as_numpy(following)
         self.prefill_s = reading_s
-        if self._shortcuts:
+        if self._shortcuts or self.engine.model.draft is not None:
             known = [*self.prompt_ids, *self.token_ids]
-            self.lookup = Lookup.of(self.engine.model, cache, known)
+            self.lookup = Lookup.of(
+                self.engine.model, cache, known, self._guessed, looks_up=self._shortcuts
+            )
         eos_ids = frozenset() if request.ignore_eos else self.engine.tokenizer.eos_ids
         if self.guide:
             eos_ids = self.guide.end_ids
@@ -553,6 +557,13 @@ class Generation:
         chain = self._chain(logits)
         id = draw(chain[-1], uniform(self.request.seed, len(self.token_ids)))
         return self._token(id, logits, chain, forced=False)
+
+    def _guessed(self, logits: Tensor, ahead: int) -> int:
+        """Return what would be drawn from a draft's logits, with the random number of that draw."""
+        if self.request.temperature == 0:
+            return int(logits.argmax())
+        chain = self._chain(as_numpy(logits))
+        return draw(chain[-1], uniform(self.request.seed, len(self.token_ids) + ahead))
 
     def _chain(self, logits: Floats) -> list[Stage]:
         penalised = self.request.repetition_penalty != 1.0

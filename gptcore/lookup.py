@@ -1,18 +1,21 @@
-"""Guess ahead by looking up what stood behind the same words before, and check it in one step.
+"""Guess ahead, and check all guesses in one step.
 
-A native step reads the weights once for several tokens. So the tokens that followed the last three
-when these occurred before are read together with the newest one; as long as the draws agree with
-the guess, their logits are there already. Every draw sees the logits that it would see without, to
-the bit, so the text is the same, drawn or greedy. Source: Leviathan et al. 2023, arXiv:2211.17192,
-with the prompt as the draft model (Saxena 2023, prompt lookup decoding).
+A native step reads the weights once for several tokens. So tokens that may follow are read together
+with the newest one; as long as the draws agree with them, their logits are there already. Every
+draw sees the logits that it would see without, to the bit, so the text is the same, drawn or
+greedy. Source: Leviathan et al. 2023, arXiv:2211.17192.
 
-Guessing costs: eight tokens take about one and a half times as long as one. Where guesses are
-mostly wrong it pauses, each time for longer.
+Guesses are what stood behind the same three tokens before (Saxena 2023, prompt lookup decoding),
+else, where the model has one, what would be drawn from a draft of fewer bits.
+
+Guessing costs: eight tokens take about one and a half times as long as one, and a draft's tokens
+take time of their own. Where guesses save less than that it pauses, each time for longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -26,20 +29,89 @@ GUESSES = 7
 WINDOW = 3
 """Guesses in a row that are judged together."""
 LEAST_ACCEPTED = 0.75
-"""Tokens that a guess of the window must have saved on average."""
+"""Tokens that a looked up guess of the window must have saved on average."""
+CHECKING = 0.3
+"""What checking a draft's few guesses costs beyond a step, in steps."""
+DRAFT_CONTEXT = 128
+"""Tokens of the text that a draft begins with: its guesses need not be the best."""
 PAUSE = 32
 """Tokens without a guess after a bad window; twice as many after the next."""
 
 
+Pick = Callable[[Tensor, int], int]
+"""Of a draft's logits, (V,), the token that would be drawn so many draws from the next one on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A cheaper copy of a model, and how it is used."""
+
+    model: GPT
+    guesses: int
+    """Tokens that it guesses at once."""
+    cost: float
+    """Bytes that a step of it reads ÷ those of the model's."""
+
+
+class Drafter:
+    """Says how one text may go on: what would be drawn from the draft, token behind token."""
+
+    def __init__(self, draft: Draft, step: NativeStep, capacity: int, pick: Pick) -> None:
+        """Begin with a text of at most ``capacity`` positions."""
+        self.draft = draft
+        self._pick = pick
+        self._step = step
+        self._capacity = capacity
+        self._cache: KVCache | None = None
+        self._first = 0
+        """Where the text begins that the draft knows."""
+        self._read: list[int] = []
+        """The tokens that its cache knows, wrong guesses too."""
+        self._sure = 0
+        """How many of these are the text's."""
+
+    def guess(self, ids: Sequence[int], most: int) -> list[int]:
+        """Return what may stand behind ``ids``, ``most`` tokens at most and one at least."""
+        if self._cache is None:
+            self._first = max(0, len(ids) - DRAFT_CONTEXT)
+            self._cache = self.draft.model.new_cache(self._capacity - self._first)
+        text = ids[self._first :]
+        while self._sure < min(len(self._read), len(text) - 1):
+            if self._read[self._sure] != text[self._sure]:
+                break
+            self._sure += 1
+        del self._read[self._sure :]
+        self._cache.truncate(self._sure)
+        unread = list(text[self._sure :])
+        logits = self._step.read(unread, self._cache, last_only=True)[-1]
+        self._read += unread
+        self._sure = len(text)
+        found = [self._pick(logits, 0)]
+        while len(found) < min(most, self.draft.guesses):
+            self._read.append(found[-1])
+            found.append(self._pick(self._step(found[-1], self._cache), len(found)))
+        return found
+
+
 class Lookup:
-    """Decodes one text, and guesses ahead where the text repeats itself.
+    """Decodes one text, and guesses ahead where that saves time.
 
     Attributes:
         guessed: tokens guessed so far.
         accepted: how many of these the draws agreed with.
     """
 
-    def __init__(self, step: NativeStep, cache: KVCache, ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        step: NativeStep,
+        cache: KVCache,
+        ids: Sequence[int],
+        drafter: Drafter | None = None,
+        *,
+        looks_up: bool = True,
+    ) -> None:
+        self._drafter = drafter
+        self._looks_up = looks_up
         self.guessed = self.accepted = 0
         self._step = step
         self._cache = cache
@@ -50,6 +122,8 @@ class Lookup:
         """Guesses that were read, each with the logits behind it."""
         self._saved: list[int] = []
         """Tokens that each guess of the window saved."""
+        self._due: list[float] = []
+        """Tokens that each of them had to save."""
         self._next_at = 0
         """Tokens known when guessing may go on."""
         self._pause = PAUSE
@@ -57,16 +131,34 @@ class Lookup:
             self._add(id)
 
     @classmethod
-    def of(cls, model: GPT, cache: KVCache, ids: Sequence[int]) -> Lookup | None:
+    def of(
+        cls,
+        model: GPT,
+        cache: KVCache,
+        ids: Sequence[int],
+        pick: Pick = lambda logits, ahead: int(logits.argmax()),
+        *,
+        looks_up: bool = True,
+    ) -> Lookup | None:
         """Return what guesses ahead, or None where several tokens are not read at once.
 
         Args:
             model: what to decode with.
             cache: knows all of ``ids``.
             ids: prompt and text so far.
+            pick: draws from a draft's logits; with the random numbers of the text itself, the two
+                agree the more often the nearer they are.
+            looks_up: whether to look into the text; else only a draft guesses.
         """
         step = step_of(model)
-        return cls(step, cache, ids) if step is not None and step.takes(cache) else None
+        if step is None or not step.takes(cache):
+            return None
+        drafter = None
+        if model.draft is not None and (drafts := step_of(model.draft.model)) is not None:
+            drafter = Drafter(model.draft, drafts, cache.capacity, pick)
+        if drafter is None and not looks_up:
+            return None
+        return cls(step, cache, ids, drafter, looks_up=looks_up)
 
     def after(self, id: int, wanted: int) -> tuple[Tensor, int]:
         """Return the logits after a newly drawn token, (V,), and how many steps that took.
@@ -107,18 +199,28 @@ class Lookup:
         self._ids.append(id)
 
     def _guess(self, most: int) -> list[int]:
+        """Return what may follow, or nothing where guessing pauses or there is no guess."""
+        if len(self._saved) >= WINDOW:
+            if sum(self._saved) < sum(self._due):
+                self._next_at = len(self._ids) + self._pause
+                self._pause *= 2
+            self._saved.clear()
+            self._due.clear()
+        if most <= 0 or len(self._ids) < self._next_at:
+            return []
+        if found := self._looked_up(most):
+            self._due.append(LEAST_ACCEPTED)
+        elif self._drafter is not None:
+            found = self._drafter.guess(self._ids, most)
+            self._due.append(CHECKING + len(found) * self._drafter.draft.cost)
+        return found
+
+    def _looked_up(self, most: int) -> list[int]:
         """Return what stood behind the last gram when it occurred before, or nothing.
 
         What reaches the end of the text goes on as it began there, as a loop does.
         """
-        if len(self._saved) >= WINDOW:
-            if sum(self._saved) < LEAST_ACCEPTED * WINDOW:
-                self._next_at = len(self._ids) + self._pause
-                self._pause *= 2
-            self._saved.clear()
-        if len(self._ids) < self._next_at:
-            return []
-        at = self._behind.get(tuple(self._ids[-GRAM:]))
+        at = self._behind.get(tuple(self._ids[-GRAM:])) if self._looks_up else None
         if at is None:
             return []
         seen = self._ids[at:]

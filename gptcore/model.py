@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 from gptcore.errors import ContextOverflow
 from gptcore.spec import ModelSpec, RopeScaling
+
+if TYPE_CHECKING:
+    from gptcore.lookup import Draft
 
 
 class KVCache:
@@ -251,6 +254,8 @@ class GPT(nn.Module):
         """What makes a cache; a pass may put one of fewer bits here."""
         self.native = True
         """Whether decode may be computed by our own library; a pass may want torch's operations."""
+        self.draft: Draft | None = None
+        """What guesses this model's tokens ahead; a pass may put a copy of fewer bits here."""
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def forward(

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from gptcore import kernels
+from gptcore.device import Placement
 from gptcore.engine import Engine, Generation, prefill
+from gptcore.errors import InvalidInput
+from gptcore.kernels.linear import NativeLinear
 from gptcore.kernels.step import NativeStep, adopt, step_of
-from gptcore.lookup import GUESSES, PAUSE, WINDOW, Lookup
+from gptcore.lookup import GUESSES, PAUSE, WINDOW, Draft, Lookup
+from gptcore.measure.memory import weight_bytes
+from gptcore.passes.base import PassContext
+from gptcore.passes.draft import DraftModel
 from gptcore.records import Request
 from gptcore.tokenizer import byte_tokenizer
 from tests.kernels.shapes import FORMATS, SPECS, native, random_model, some_ids
@@ -42,6 +48,79 @@ def test_guessing_changes_no_token_and_no_probability(form: str, temperature: fl
     quick = written(engine, shortcuts=True, temperature=temperature, seed=3)
     assert quick[0] == plain[0]
     assert quick[1] == plain[1]
+
+
+def drafted(form: str, spec: str = "llama", **fields: Any) -> Engine:
+    """An engine whose model has a draft."""
+    model = native(random_model(SPECS[spec]), FORMATS[form])
+    model = DraftModel(**fields).apply(model, PassContext(placement=Placement(threads=1)))
+    return Engine(model, byte_tokenizer(211))
+
+
+@pytest.mark.parametrize("shortcuts", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("form", ["fp32", "bf16"])
+@pytest.mark.parametrize("spec", ["llama", "gpt2"])
+def test_a_draft_changes_no_token_and_no_probability(
+    spec: str, form: str, temperature: float, shortcuts: bool
+) -> None:
+    fields = {"temperature": temperature, "seed": 4, "repetition_penalty": 1.2}
+    plain = written(engine_of(form, spec), shortcuts=False, **fields)
+    quick = written(drafted(form, spec), shortcuts=shortcuts, **fields)
+    assert quick[0] == plain[0]
+    assert quick[1] == plain[1]
+    assert quick[2].lookup is not None
+    assert quick[2].lookup.guessed > 0
+    assert quick[2].steps == 59 - quick[2].lookup.accepted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guesses_of_a_draft_like_the_model_are_right(temperature: float) -> None:
+    # The draft draws with the random numbers of the text, so its draws are the text's.
+    model, draft = (native(random_model(SPECS["llama"]), torch.float32) for _ in range(2))
+    model.draft = Draft(draft, guesses=4, cost=0.1)
+    _, _, quick = written(
+        Engine(model, byte_tokenizer(211)), shortcuts=False, temperature=temperature
+    )
+    assert quick.lookup is not None
+    assert quick.lookup.accepted == quick.lookup.guessed
+    assert quick.steps == 12  # 59 tokens behind the first, five a step
+
+
+def test_a_draft_that_is_mostly_wrong_pauses_and_one_token_needs_no_guess() -> None:
+    model, draft = random_model(SPECS["llama"]), random_model(SPECS["llama"])
+    for parameter in draft.parameters():
+        parameter.neg_()
+    model = native(model, torch.float32)
+    model.draft = Draft(native(draft, torch.float32), guesses=3, cost=0.5)
+    engine = Engine(model, byte_tokenizer(211))
+    _, _, quick = written(engine, shortcuts=False, temperature=1.0)
+    assert quick.lookup is not None
+    assert quick.lookup.guessed <= 2 * 3 * WINDOW  # of 60 tokens: then 32 without, then the rest
+    _, _, short = written(engine, shortcuts=False, max_new_tokens=1)
+    assert short.steps == 0
+
+
+def test_the_draft_shares_what_it_does_not_pack_and_is_counted() -> None:
+    engine = drafted("fp32")
+    model = engine.model
+    assert model.draft is not None
+    twin = model.draft.model
+    assert twin.embedding.weight is model.embedding.weight
+    assert isinstance(twin.blocks[0].mlp.up, NativeLinear)
+    assert isinstance(model.blocks[0].mlp.up, torch.nn.Linear)
+    assert not any(module is twin for module in model.modules())
+    alone = weight_bytes(engine_of("fp32").model)
+    assert weight_bytes(model)[1] == alone[1]
+    assert 1.1 * alone[0] < weight_bytes(model)[0] < 1.3 * alone[0]
+
+
+def test_a_packed_model_gets_no_draft_and_a_gpu_none_either() -> None:
+    packed = native(random_model(SPECS["llama"]), FORMATS["int8, rows"])
+    with pytest.raises(InvalidInput, match="weights in floating point"):
+        DraftModel().apply(packed, PassContext(placement=Placement(threads=1)))
+    there = Placement.model_construct(device="cuda:0", precision="bf16", threads=0)
+    assert "native step" in str(DraftModel().blocked_by(SPECS["llama"], there))
 
 
 def test_a_text_that_repeats_itself_takes_fewer_steps_than_tokens() -> None:

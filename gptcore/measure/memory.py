@@ -151,7 +151,8 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     A step multiplies with every linear layer, the head included, and picks one row of an
     embedding, which is not counted. Tensors that share storage (a tied head) count once. A
     module that packs its weights out of torch's sight says how many in ``packed_bytes``, and in
-    ``looked_up_bytes`` how many of these are picked by rows.
+    ``looked_up_bytes`` how many of these are picked by rows. A draft counts with what it does not
+    share; a step does not read it.
     """
     from torch import nn
 
@@ -164,4 +165,9 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
         seen |= own
         packed += getattr(module, "packed_bytes", 0)
         step -= getattr(module, "looked_up_bytes", 0)
-    return sum(seen.values()) + packed, step + packed
+    extra = 0
+    if (draft := getattr(model, "draft", None)) is not None:
+        for module in draft.model.modules():
+            seen |= {p.data_ptr(): p.nbytes for p in module.parameters(recurse=False)}
+            extra += getattr(module, "packed_bytes", 0)
+    return sum(seen.values()) + packed + extra, step + packed

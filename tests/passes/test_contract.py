@@ -50,6 +50,7 @@ SHAPES = {
 }
 """Small, of widths that every choice of a group divides."""
 NEUTRAL: dict[str, dict[str, Any]] = {
+    "draft": {},
     "drop_layers": {"layers": 0},
     "low_rank": {"share": 1.0},
     "prune": {"sparsity": 0.0},
@@ -277,7 +278,9 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in passes() if name not in ("kv_cache", "runtime")])
+@pytest.mark.parametrize(
+    "name", [name for name in passes() if name not in ("draft", "kv_cache", "runtime")]
+)
 def test_all_48_projections_of_gpt2s_shape_are_converted(name: str, gpt2_folder: Path) -> None:
     """Programs that look for linear layers find none in GPT-2: its are Conv1D."""
     if name in ("fp8", "trim"):
