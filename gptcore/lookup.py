@@ -15,12 +15,11 @@ take time of their own. Where guesses save less than that it pauses, each time f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from gptcore.kernels.step import NativeStep, step_of
-from gptcore.model import GPT, KVCache
+from gptcore.model import GPT, Draft, KVCache
 
 GRAM = 3
 """Tokens that must have occurred before, in this order."""
@@ -40,17 +39,6 @@ PAUSE = 32
 
 Pick = Callable[[Tensor, int], int]
 """Of a draft's logits, (V,), the token that would be drawn so many draws from the next one on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A cheaper copy of a model, and how it is used."""
-
-    model: GPT
-    guesses: int
-    """Tokens that it guesses at once."""
-    cost: float
-    """Bytes that a step of it reads ÷ those of the model's."""
 
 
 class Drafter:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,6 @@ from torch.nn import functional as F
 
 from gptcore.errors import ContextOverflow
 from gptcore.spec import ModelSpec, RopeScaling
-
-if TYPE_CHECKING:
-    from gptcore.lookup import Draft
 
 
 class KVCache:
@@ -234,6 +232,17 @@ class Block(nn.Module):
         between: Tensor = x + self.attention(self.attention_norm(x), where, cache, layer)
         after: Tensor = between + self.mlp(self.mlp_norm(between))
         return after
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A cheaper copy of a model that guesses its tokens ahead, see ``lookup``."""
+
+    model: GPT
+    guesses: int
+    """Tokens that it guesses at once."""
+    cost: float
+    """Bytes that a step of it reads ÷ those of the model's."""
 
 
 class GPT(nn.Module):

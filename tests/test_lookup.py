@@ -13,8 +13,9 @@ from gptcore.engine import Engine, Generation, prefill
 from gptcore.errors import InvalidInput
 from gptcore.kernels.linear import NativeLinear
 from gptcore.kernels.step import NativeStep, adopt, step_of
-from gptcore.lookup import GUESSES, PAUSE, WINDOW, Draft, Lookup
+from gptcore.lookup import GUESSES, PAUSE, WINDOW, Lookup
 from gptcore.measure.memory import weight_bytes
+from gptcore.model import Draft
 from gptcore.passes.base import PassContext
 from gptcore.passes.draft import DraftModel
 from gptcore.records import Request

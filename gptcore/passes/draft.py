@@ -86,9 +86,7 @@ class DraftModel(Pass):
 
         from gptcore.kernels.linear import Arena, NativeLinear
         from gptcore.linears.grid import Grid
-        from gptcore.lookup import Draft
-        from gptcore.measure.memory import weight_bytes
-        from gptcore.model import KVCache
+        from gptcore.model import Draft, KVCache
 
         if blocked := self.blocked_by(model.spec, context.placement):
             raise InvalidInput(f"{self.title} cannot run here: {blocked}")
@@ -99,6 +97,7 @@ class DraftModel(Pass):
                 "than its draft would. Leave the pass out."
             )
         draft, arena, grid = _twin(model), Arena(), Grid(self.bits, GROUP)
+        packed_bytes = float_bytes = 0
         for done, name in enumerate(names):
             layer = draft.get_submodule(name)
             assert isinstance(layer, nn.Linear)
@@ -106,10 +105,11 @@ class DraftModel(Pass):
             parent, _, child = name.rpartition(".")
             packed = NativeLinear(grid.quantize(layer.weight), layer.bias, arena)
             setattr(draft.get_submodule(parent), child, packed)
+            packed_bytes += packed.packed_bytes
+            float_bytes += layer.weight.nbytes
             context.progress((done + 1) / len(names))
         draft.cache_kind = KVCache
-        cost = weight_bytes(draft)[1] / weight_bytes(model)[1]
-        model.draft = Draft(draft, self.guesses, cost)
+        model.draft = Draft(draft, self.guesses, packed_bytes / float_bytes)
         return model
 
 

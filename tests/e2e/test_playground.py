@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from gptcore.catalogue import SHIPPED
 from tests.e2e.conftest import STEADY, TINY, Server, Visit, until
 
 pytestmark = pytest.mark.browser
@@ -76,6 +77,17 @@ def test_a_text_is_streamed_with_its_numbers_and_found_afterwards(server: Server
     page.goto(server.link("playground", run=run))
     expect(tokens(page).nth(149)).to_be_attached()
     assert written(page) == text
+
+
+@pytest.mark.skipif(not SHIPPED.is_dir(), reason="no model ships yet")
+def test_the_model_that_ships_writes_a_tale(server: Server, visit: Visit):
+    page = open_playground(
+        server, visit, model=SHIPPED.name, temperature=0.7, seed=5, max_new_tokens=80
+    )
+    begin(page)
+    ended(page)
+    expect(tokens(page)).to_have_count(80)
+    assert len(re.findall(r"\b(?:a|and|he|in|it|of|she|the|to|was)\b", written(page))) > 10
 
 
 def test_stop_ends_a_text_within_a_second_and_keeps_it(server: Server, visit: Visit):
