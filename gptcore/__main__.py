@@ -301,6 +301,7 @@ def _entry_json(entry: ModelEntry) -> dict[str, Any]:
         "licence": entry.licence,
         "provenance": entry.provenance,
         "chat": entry.chat,
+        "ships": entry.ships,
         "note": entry.note,
         "problem": entry.problem,
         "path": str(entry.path) if entry.path else None,
