@@ -50,6 +50,7 @@ def test_the_texts_that_ship_are_usable_and_have_little_in_common(
 ) -> None:
     one, other = evaluation_text(evaluated), calibration_text(calibrated)
     assert min(len(one.content.split()), len(other.content.split())) > 2000
+    require_apart(one, other)
     shared = overlap(one.content, other.content), overlap(other.content, one.content)
     assert max(shared) < (0.01 if "tales" in evaluated + calibrated else 1e-9)
 
