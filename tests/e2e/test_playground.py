@@ -53,7 +53,7 @@ def begin(page: Page, prompt: str = "Once upon a time") -> None:
 
 def ended(page: Page) -> None:
     """Wait for the end of the text."""
-    expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=60_000)
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=180_000)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled()
 
 
