@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from gptcore import weights
 from gptcore.catalogue import SHIPPED
-from gptcore.cli.terminal import catalogue, noticed_interrupt, say
+from gptcore.cli.terminal import catalogue, say, yielding_device
 from gptcore.cli.train import Terminal
 from gptcore.corpus import quantized
 from gptcore.corpus.join import join
@@ -20,8 +19,7 @@ from gptcore.corpus.shards import Ledger, corpus_dir
 from gptcore.corpus.sheet import page, sheet
 from gptcore.corpus.write import Plan, Progress, recipe, write
 from gptcore.device import Placement, require_device
-from gptcore.errors import Cancelled, InvalidInput
-from gptcore.host.sharing import shared_device
+from gptcore.errors import InvalidInput
 from gptcore.paths import data_dir
 from gptcore.tokenizer import load_tokenizer
 from gptcore.train import tales
@@ -87,22 +85,7 @@ def learn_tales(options: argparse.Namespace) -> dict[str, Any]:
     target = options.to or data_dir() / "made" / SHIPPED.name
     before = tales.read_judged(SHIPPED)
     observe: Observer = (lambda event: None) if options.json else Terminal()
-    with (
-        noticed_interrupt() as interrupted,
-        shared_device(
-            "cpu",
-            "train",
-            wait=True,
-            on_wait=lambda holder: print(f"waiting: {holder} has it", file=sys.stderr),
-            cancelled=lambda: bool(interrupted),
-        ) as share,
-    ):
-
-        def breathe() -> None:
-            if interrupted:
-                raise Cancelled("Stopped.")
-            share()
-
+    with yielding_device("cpu", "train", wait=True) as breathe:
         learned = []
         for part in (1.0,) if options.whole_only else tales.PASSES:
             one, model = tales.learn(options.corpus, work, part, observe=observe, breathe=breathe)
@@ -140,22 +123,7 @@ def write_texts(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in Plan.model_fields}
     plan = Plan.model_validate({name: one for name, one in given.items() if one is not None})
     require_device(options.device)
-    with (
-        noticed_interrupt() as interrupted,
-        shared_device(
-            options.device,
-            "corpus",
-            wait=True,
-            on_wait=lambda holder: print(f"waiting: {holder} has it", file=sys.stderr),
-            cancelled=lambda: bool(interrupted),
-        ) as share,
-    ):
-
-        def breathe() -> None:
-            if interrupted:
-                raise Cancelled("Stopped.")
-            share()
-
+    with yielding_device(options.device, "corpus", wait=True) as breathe:
         return _written(options, plan, breathe)
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -24,6 +24,7 @@ from gptcore.errors import (
     StoreError,
     UnknownModel,
 )
+from gptcore.host.sharing import shared_device
 from gptcore.host.wire import error_from_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.measure.calibration import with_text
@@ -78,6 +79,35 @@ def noticed_interrupt() -> Iterator[list[int]]:
         yield noticed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def yielding_device(device: str, purpose: str, *, wait: bool) -> Iterator[Callable[[], None]]:
+    """Hold a device for long work, and give out what to call between two steps of it.
+
+    That call lets others have the device for a while, and ends the work after Ctrl-C.
+
+    Raises:
+        DeviceBusy: it is taken at the beginning and ``wait`` is False.
+        Cancelled: after Ctrl-C, from the beginning or from the call.
+    """
+    with (
+        noticed_interrupt() as interrupted,
+        shared_device(
+            device,
+            purpose,
+            wait=wait,
+            on_wait=lambda holder: print(f"waiting: {device} has {holder}", file=sys.stderr),
+            cancelled=lambda: bool(interrupted),
+        ) as share,
+    ):
+
+        def breathe() -> None:
+            if interrupted:
+                raise Cancelled("Stopped.")
+            share()
+
+        yield breathe
 
 
 def catalogue() -> Catalogue:

@@ -15,10 +15,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gptcore.cli.terminal import catalogue, noticed_interrupt, say
+from gptcore.cli.terminal import catalogue, say, yielding_device
 from gptcore.device import Placement, require_device
-from gptcore.errors import Cancelled, InvalidInput, StoreError
-from gptcore.host.sharing import shared_device
+from gptcore.errors import InvalidInput, StoreError
 from gptcore.train.child import new_folder
 from gptcore.train.events import Event, Noted, Observer, Stepped, Validated
 from gptcore.train.order import Order, job, read_order
@@ -166,22 +165,7 @@ def _shared(device: str, processes: Processes, wait: bool) -> Iterator[Callable[
     if not processes.first:
         yield lambda: None
         return
-    with (
-        noticed_interrupt() as interrupted,
-        shared_device(
-            device,
-            "train",
-            wait=wait,
-            on_wait=lambda holder: print(f"waiting: {device} has {holder}", file=sys.stderr),
-            cancelled=lambda: bool(interrupted),
-        ) as share,
-    ):
-
-        def breathe() -> None:
-            if interrupted:
-                raise Cancelled("Stopped.")
-            share()
-
+    with yielding_device(device, "train", wait=wait) as breathe:
         yield breathe
 
 
