@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import streamlit as st
 
-from pages.parts.scripts import stub
+from pages.parts.scripts import dated, stub
 
 PLOTLY_URL = "/gptlab/plotly.min.js"
 """Served by the routes of ``app.py``."""
@@ -111,7 +111,7 @@ def live_chart(
         "empty": empty,
     }
     head["height"] = height
-    _mount(data=packed(head, lines, start, end), key=key)
+    _mount(data=dated(packed(head, lines, start, end)), key=key)
 
 
 def packed(

@@ -16,7 +16,7 @@ from gptcore.recipe import Variant
 from gptcore.records import STAGES, Request, RunState
 from pages.parts import errors, settings
 from pages.parts import format as shown
-from pages.parts.scripts import stub
+from pages.parts.scripts import dated, stub
 
 ROWS = 12
 KEY = "ranking"
@@ -116,12 +116,14 @@ def table(lab: Lab, on_pick: Callable[[], None] | None) -> None:
     sampling = settings.current().sampling
     rows = lab.rank(asked.variant, found, sampling, count=ROWS)
     _mount(
-        data={
-            "look": asked.run_id,
-            "temperature": f"T = {sampling.temperature:g}",
-            "pick": on_pick is not None,
-            "rows": [_packed(row) for row in rows],
-        },
+        data=dated(
+            {
+                "look": asked.run_id,
+                "temperature": f"T = {sampling.temperature:g}",
+                "pick": on_pick is not None,
+                "rows": [_packed(row) for row in rows],
+            }
+        ),
         key="ranked tokens",
         on_pick_change=on_pick or _ignored,
     )

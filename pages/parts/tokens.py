@@ -12,7 +12,7 @@ from typing import Any
 import streamlit as st
 
 from gptcore.records import Token
-from pages.parts.scripts import stub
+from pages.parts.scripts import dated, stub
 
 _CSS = """
 .tokens { font-family: var(--st-font); color: var(--st-text-color); font-size: 1rem;
@@ -93,7 +93,7 @@ def token_text(
         "tokens": [_packed(one, with_alternatives=not busy) for one in tokens],
         "apart": [round(one, 4) for one in apart],
     }
-    _mount(data=data, key=key, on_branch_change=on_branch)
+    _mount(data=dated(data), key=key, on_branch_change=on_branch)
 
 
 def branched(key: str) -> tuple[str, int, int] | None:
