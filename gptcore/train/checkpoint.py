@@ -1,4 +1,4 @@
-"""Checkpoints: weights and optimizer as safetensors, the rest as JSON, there wholly or not at all.
+"""Checkpoints: weights and optimizers as safetensors, the rest as JSON, there wholly or not at all.
 
 Each is a folder ``step-NNNNNNNNN``, written beside its place and renamed into it. The last and the
 best are kept. Order, dropout and learning rate follow from the step alone, so weights, optimizer
@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,9 @@ def place(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"step-{step:09d}"
 
 
-def write(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def write(
+    folder: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer], progress: Progress
+) -> None:
     """Write a checkpoint, then drop all but it and the best.
 
     Raises:
@@ -74,6 +76,8 @@ def write(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, progress: 
     moments = {
         f"{name}.{kind}": value.detach().cpu().contiguous()
         for name, parameter in named
+        for optimizer in optimizers
+        if parameter in optimizer.state
         for kind, value in optimizer.state[parameter].items()
     }
     try:
@@ -100,8 +104,8 @@ def write(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, progress: 
             shutil.rmtree(place(folder, step), ignore_errors=True)
 
 
-def read(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the last checkpoint into model and optimizer, and return where it stands.
+def read(folder: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
+    """Put the last checkpoint into model and optimizers, and return where it stands.
 
     Raises:
         InvalidInput: there is none, or it is damaged.
@@ -121,15 +125,16 @@ def read(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Progress
         for index, (name, _) in enumerate(model.named_parameters()):
             kinds = [key for key in moments if key.rpartition(".")[0] == name]
             state[index] = {key.rpartition(".")[2]: moments[key] for key in kinds}
-        # Parameters stand in the optimizer's groups in another order than in the model.
-        order = [id(p) for group in optimizer.param_groups for p in group["params"]]
         numbers = {id(p): i for i, (_, p) in enumerate(model.named_parameters())}
-        optimizer.load_state_dict(
-            {
-                "state": {at: state[numbers[one]] for at, one in enumerate(order)},
-                "param_groups": optimizer.state_dict()["param_groups"],
-            }
-        )
+        for optimizer in optimizers:
+            # Parameters stand in an optimizer's groups in another order than in the model.
+            order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            optimizer.load_state_dict(
+                {
+                    "state": {at: state[numbers[one]] for at, one in enumerate(order)},
+                    "param_groups": optimizer.state_dict()["param_groups"],
+                }
+            )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InvalidInput(
             f"The checkpoint {there.name} in {folder} is damaged ({error}): delete it to go on "

@@ -35,6 +35,12 @@ class Training(BaseModel):
         title="Window",
         description="Tokens of one sequence while training; 0 takes the model's whole context.",
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        title="Optimizer",
+        description="muon makes the updates of the blocks' matrices orthogonal, which takes fewer "
+        "steps; all else is AdamW's then too.",
+    )
     learning_rate: float = Field(
         1e-3, gt=0.0, le=1e9, title="Learning rate", description="The largest, after the warm-up."
     )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptcore.tokenizer import Tokenizer
 
 TITLE = "Tales 6M"
-PASSES = {1.0: 4, 1 / 4: 6, 1 / 16: 10}
+PASSES = {1.0: 5, 1 / 4: 6, 1 / 16: 10}
 """How often a training reads its share of the corpus: the less there is, the more often."""
 ORDER = Order(
     tokenizer="bpe",
@@ -42,16 +42,20 @@ ORDER = Order(
     context=512,
     prompt="Once upon a time",
     settings=Training(
-        batch=16,
-        learning_rate=1.5e-3,
-        least_rate_ratio=0.05,
+        batch=8,
+        optimizer="muon",
+        learning_rate=4e-3,
+        least_rate_ratio=0.02,
         warmup=100,
-        validate_every=100,
-        validation_windows=0,
+        dropout=0.1,
+        validate_every=200,
+        validation_windows=120,
         sample_tokens=80,
     ),
 )
 SAMPLE_TOKENS = 160
+COOLER = (0.5, 0.7, 0.85)
+"""Temperatures below 1 at which the teacher reads as many samples, which no card shows."""
 HELD_OUT = 60
 """Texts of the test part that the teacher reads for comparison."""
 JUDGED = "judged.json"
@@ -123,6 +127,8 @@ class Judged:
     """The teacher's mean log-likelihood of a token of the samples, in nats."""
     held_out_logprob: float | None
     """Likewise of texts of the test part."""
+    cooler: tuple[tuple[float, float], ...] = ()
+    """(temperature, the teacher's mean log-likelihood of a token of samples drawn at it)."""
 
 
 def order(corpus: str, share: float, tokenizer: str, train_tokens: int) -> Order:
@@ -233,8 +239,12 @@ def judge(
     entry = {one.name: one for one in catalogue.entries()}.get(teacher)
     reading = entry is not None and entry.kind == "installed" and not entry.problem
     of_samples = of_held_out = None
+    cooler: list[tuple[float, float]] = []
     if reading:
         reader = _built(catalogue.checkpoint(teacher))
+        for temperature in COOLER:
+            drawn = (one.text for one in samples(built, tokenizer, temperature))
+            cooler.append((temperature, mean_logprob(*reader, drawn, breathe)))
         of_samples = mean_logprob(*reader, (one.text for one in written), breathe)
         of_held_out = mean_logprob(*reader, held_out[:HELD_OUT], breathe)
     return Judged(
@@ -249,6 +259,7 @@ def judge(
         teacher=teacher if reading else None,
         samples_logprob=of_samples,
         held_out_logprob=of_held_out,
+        cooler=tuple(cooler),
     )
 
 
@@ -278,13 +289,15 @@ def cost_of_stream(model: GPT, tokenizer: Tokenizer, held_out: Iterable[str]) ->
     return nats, tokens
 
 
-def samples(model: GPT, tokenizer: Tokenizer) -> Iterator[Sample]:
-    """Yield a text for each opening, at temperature 1, as the program's engine writes it."""
+def samples(model: GPT, tokenizer: Tokenizer, temperature: float = 1.0) -> Iterator[Sample]:
+    """Yield a text for each opening, as the program's engine writes it."""
     from gptcore.engine import Engine
 
     engine = Engine(model, tokenizer)
     for seed, opening in enumerate(OPENINGS, start=1):
-        request = Request(prompt=opening, temperature=1.0, max_new_tokens=SAMPLE_TOKENS, seed=seed)
+        request = Request(
+            prompt=opening, temperature=temperature, max_new_tokens=SAMPLE_TOKENS, seed=seed
+        )
         generation = engine.start(request)
         text = opening + "".join(token.text for token in generation)
         yield Sample(opening, seed, text, generation.finish_reason is FinishReason.EOS)
@@ -371,11 +384,12 @@ def card(judged: Judged) -> str:
         "## Recipe",
         "",
         f"{whole.steps:,} steps of {settings.batch} × {ORDER.context} tokens "
-        f"({tokens_seen:,} in all, {tokens_seen / whole.train_tokens:.1f} passes), AdamW "
-        f"({settings.beta1}, {settings.beta2}), rate {settings.learning_rate:g} after "
-        f"{settings.warmup} steps, falling to {settings.least_rate_ratio:g} of it by a cosine, "
-        f"weight decay {settings.weight_decay:g}, clipping at {settings.clip:g}, seed "
-        f"{settings.seed}; {whole.seconds / 60:.0f} minutes. "
+        f"({tokens_seen:,} in all, {tokens_seen / whole.train_tokens:.1f} passes); Muon for the "
+        f"blocks' matrices, AdamW ({settings.beta1}, {settings.beta2}) for all else; rate "
+        f"{settings.learning_rate:g} after {settings.warmup} steps, falling to "
+        f"{settings.least_rate_ratio:g} of it by a cosine, weight decay "
+        f"{settings.weight_decay:g}, dropout {settings.dropout:g}, clipping at {settings.clip:g}, "
+        f"seed {settings.seed}; {whole.seconds / 60:.0f} minutes on two CPU cores. "
         "`python -m gptcore corpus learn` makes it again.",
         "",
         "## How good it is",
@@ -429,7 +443,12 @@ def _likelihood(judged: Judged) -> list[str]:
     return [
         f"{judged.teacher} gives a token of the samples below {judged.samples_logprob:.2f} nats "
         f"on average, and a token of held-out texts {judged.held_out_logprob:.2f} "
-        f"(× {ratio:.2f}).",
+        f"(× {ratio:.2f}). "
+        + "".join(
+            f"At temperature {temperature:g} it is {nats:.2f} (× "
+            f"{nats / judged.held_out_logprob:.2f}). "
+            for temperature, nats in judged.cooler
+        ).rstrip(),
         "",
     ]
 

@@ -1,4 +1,4 @@
-"""Training: AdamW, warm-up and cosine, clipping, parts of a batch, validation, checkpoints.
+"""Training: AdamW or Muon, warm-up and cosine, clipping, parts of a batch, validation, checkpoints.
 
 A run lives in a folder: ``run.json`` says what is trained (a resume with anything else is refused),
 ``log.jsonl`` has every event, ``checkpoints`` the last and the best state, ``model`` the result as
@@ -210,12 +210,12 @@ class _Run:
         dropout(self.model, job.settings.dropout)
         self.autocast = autocast(job.settings.precision, self.device)
         self._require_batch()
-        self.optimizer = optimizer(self.model, job.settings, self.device)
+        self.optimizers = optimizers(self.model, job.settings, self.device)
         self.scaler = torch.amp.GradScaler(
             self.device.partition(":")[0], enabled=job.settings.precision == "fp16"
         )
         if resume:
-            self.progress = checkpoint.read(self.folder, self.model, self.optimizer)
+            self.progress = checkpoint.read(self.folder, self.model, self.optimizers)
             if self.progress.scaler:
                 self.scaler.load_state_dict(dict(self.progress.scaler))
         if self.processes.first:
@@ -358,8 +358,9 @@ class _Run:
         draws = (settings.seed * 1_000_003 + step) * 1024 + self.processes.rank
         torch.manual_seed(draws % 2**63)
         rate = settings.rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         self.model.train()
         try:
             own = self._gradients(step)
@@ -368,13 +369,15 @@ class _Run:
         total, near = self.processes.sums(*own)
         loss = total / self.processes.count
         self._require_number(loss, "loss")
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = float(clip_grad_norm_(self.model.parameters(), settings.clip or math.inf))
         if not self.scaler.is_enabled():  # fp16 skips such a step, and lowers its scale
             self._require_number(norm, "gradient")
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         seconds = self._clock() - began
         tokens = settings.batch * self.job.window
         self.progress = replace(self.progress, step=step + 1, tokens=self.progress.tokens + tokens)
@@ -527,7 +530,7 @@ class _Run:
         self.progress = replace(self.progress, seconds=seconds, scaler=scaler)
         there = checkpoint.steps(self.folder)
         if self.processes.first and there[-1:] != [self.progress.step]:
-            checkpoint.write(self.folder, self.model, self.optimizer, self.progress)
+            checkpoint.write(self.folder, self.model, self.optimizers, self.progress)
 
     def _require_number(self, value: float, name: str) -> None:
         """End the training where a value is no number any more; checkpoints are left alone."""
@@ -584,21 +587,36 @@ def first_model(job: Job, device: str) -> GPT:
     return weights.build_random(job.spec, placement, job.settings.seed).requires_grad_(True)
 
 
-def optimizer(model: GPT, settings: Training, device: str) -> torch.optim.AdamW:
-    """Return AdamW, fused where there is such a kernel; what is no matrix does not decay."""
+def optimizers(model: GPT, settings: Training, device: str) -> tuple[torch.optim.Optimizer, ...]:
+    """Return what updates the weights: AdamW, and Muon for the blocks' matrices where it is asked.
+
+    AdamW is fused where there is such a kernel; what is no matrix does not decay. Muon's updates
+    are as large as AdamW's, so that both take one learning rate.
+    """
     import torch
 
+    from gptcore.train.muon import Muon
+
     parameters = list(model.parameters())
+    by_muon = []
+    if settings.optimizer == "muon":
+        by_muon = [p for p in model.blocks.parameters() if p.ndim == 2]
+    left = {id(p) for p in parameters} - {id(p) for p in by_muon}
+    decaying = [p for p in parameters if id(p) in left and p.ndim >= 2]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": decaying, "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         fused=device.startswith(("cuda", "cpu", "mps")),
     )
+    if not by_muon:
+        return (adamw,)
+    muon = Muon(by_muon, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return (adamw, muon)
 
 
 def dropout(model: GPT, share: float) -> None:

@@ -91,11 +91,13 @@ def test_parts_of_a_batch_add_up_to_the_whole(folder: Path, tmp_path: Path) -> N
     assert losses(parts)[1] == pytest.approx(losses(whole)[1], rel=PRECISE)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "kind", [{"precision": "fp32"}, {"precision": "fp16"}, {"optimizer": "muon"}]
+)
 def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(
-    folder: Path, tmp_path: Path, precision: str
+    folder: Path, tmp_path: Path, kind: dict[str, str]
 ) -> None:
-    settings = changed(QUICK, dropout=0.2, precision=precision)
+    settings = changed(QUICK, dropout=0.2, **kind)
     straight, outcome = run(tmp_path / "straight", settings)
     with pytest.raises(Cancelled):
         run(folder, settings, breathe=Stop(at=7))
