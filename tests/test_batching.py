@@ -23,7 +23,7 @@ from gptcore.kernels.step import NativeStep
 from gptcore.kv_cache import QuantizedKVCache
 from gptcore.records import Constraint, FinishReason, Request, Token
 from gptcore.tokenizer import byte_tokenizer
-from tests.kernels.shapes import FORMATS, SPECS, native, random_model
+from tests.kernels.shapes import SPECS, native, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +35,7 @@ NATIVE = pytest.param(
 
 
 def engine_of(spec: str = "llama", path: str = "torch", form: str = "fp32") -> Engine:
-    model = native(random_model(SPECS[spec]), FORMATS[form])
+    model = native(random_model(SPECS[spec]), form)
     model.native = path == "native"
     engine = Engine(model, byte_tokenizer(211))
     assert engine.decoder.startswith(path)
@@ -450,7 +450,7 @@ def test_a_text_guesses_ahead_while_it_is_alone_and_again_when_the_others_left()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.mul_(0)  # all tokens are equally likely, and the first is taken
-    engine = Engine(native(model, FORMATS["int8, rows"]), byte_tokenizer(211))
+    engine = Engine(native(model, "int8, rows"), byte_tokenizer(211))
     request = asked(temperature=0, max_new_tokens=150)
     wanted = alone(engine, request)
     generation = engine.start(request, shortcuts=True)

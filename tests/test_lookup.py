@@ -20,7 +20,7 @@ from gptcore.passes.base import PassContext
 from gptcore.passes.draft import DraftModel
 from gptcore.records import Request
 from gptcore.tokenizer import byte_tokenizer
-from tests.kernels.shapes import FORMATS, SPECS, native, random_model, some_ids
+from tests.kernels.shapes import SPECS, native, random_model, some_ids
 
 pytestmark = pytest.mark.skipif(bool(kernels.unavailable()), reason=str(kernels.unavailable()))
 
@@ -28,7 +28,7 @@ FORMS = ["fp32", "bf16", "int8, rows", "int4, groups of 64"]
 
 
 def engine_of(form: str, spec: str = "llama") -> Engine:
-    return Engine(native(random_model(SPECS[spec]), FORMATS[form]), byte_tokenizer(211))
+    return Engine(native(random_model(SPECS[spec]), form), byte_tokenizer(211))
 
 
 def written(
@@ -53,7 +53,7 @@ def test_guessing_changes_no_token_and_no_probability(form: str, temperature: fl
 
 def drafted(form: str, spec: str = "llama", **fields: Any) -> Engine:
     """An engine whose model has a draft."""
-    model = native(random_model(SPECS[spec]), FORMATS[form])
+    model = native(random_model(SPECS[spec]), form)
     model = DraftModel(**fields).apply(model, PassContext(placement=Placement(threads=1)))
     return Engine(model, byte_tokenizer(211))
 
@@ -78,7 +78,7 @@ def test_a_draft_changes_no_token_and_no_probability(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_guesses_of_a_draft_like_the_model_are_right(temperature: float) -> None:
     # The draft draws with the random numbers of the text, so its draws are the text's.
-    model, draft = (native(random_model(SPECS["llama"]), torch.float32) for _ in range(2))
+    model, draft = (native(random_model(SPECS["llama"]), "fp32") for _ in range(2))
     model.draft = Draft(draft, guesses=4, cost=0.1)
     _, _, quick = written(
         Engine(model, byte_tokenizer(211)), shortcuts=False, temperature=temperature
@@ -92,8 +92,8 @@ def test_a_draft_that_is_mostly_wrong_pauses_and_one_token_needs_no_guess() -> N
     model, draft = random_model(SPECS["llama"]), random_model(SPECS["llama"])
     for parameter in draft.parameters():
         parameter.neg_()
-    model = native(model, torch.float32)
-    model.draft = Draft(native(draft, torch.float32), guesses=3, cost=0.5)
+    model = native(model, "fp32")
+    model.draft = Draft(native(draft, "fp32"), guesses=3, cost=0.5)
     engine = Engine(model, byte_tokenizer(211))
     _, _, quick = written(engine, shortcuts=False, temperature=1.0)
     assert quick.lookup is not None
@@ -117,7 +117,7 @@ def test_the_draft_shares_what_it_does_not_pack_and_is_counted() -> None:
 
 
 def test_a_packed_model_gets_no_draft_and_a_gpu_none_either() -> None:
-    packed = native(random_model(SPECS["llama"]), FORMATS["int8, rows"])
+    packed = native(random_model(SPECS["llama"]), "int8, rows")
     with pytest.raises(InvalidInput, match="weights in floating point"):
         DraftModel().apply(packed, PassContext(placement=Placement(threads=1)))
     there = Placement.model_construct(device="cuda:0", precision="bf16", threads=0)
@@ -129,7 +129,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_than_tokens() -> None:
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.mul_(0)  # all tokens are equally likely, and the first is taken
-    engine = Engine(native(model, FORMATS["int8, rows"]), byte_tokenizer(211))
+    engine = Engine(native(model, "int8, rows"), byte_tokenizer(211))
     _, _, plain = written(engine, shortcuts=False, temperature=0)
     ids, _, quick = written(engine, shortcuts=True, temperature=0)
     assert len(set(ids)) == 1
@@ -143,7 +143,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_than_tokens() -> None:
 
 def test_guesses_that_are_wrong_become_rare() -> None:
     # Every gram occurred before, and what stood behind it never comes again.
-    model = native(random_model(SPECS["llama"]), FORMATS["bf16"])
+    model = native(random_model(SPECS["llama"]), "bf16")
     block = [5, 6, 7]
     text = [one for i in range(30, 60) for one in (*block, i)]
     assert isinstance(adopt(model), NativeStep)
@@ -163,7 +163,7 @@ def test_guesses_that_are_wrong_become_rare() -> None:
 
 
 def test_no_more_is_guessed_than_is_wanted_or_fits() -> None:
-    model = native(random_model(SPECS["llama"]), FORMATS["bf16"])
+    model = native(random_model(SPECS["llama"]), "bf16")
     assert isinstance(adopt(model), NativeStep)
     cache = model.new_cache(12)
     prefill(model, [4] * 8, cache)
@@ -249,7 +249,7 @@ def test_every_token_is_given_its_own_time() -> None:
 
 
 def test_reading_packed_weights_does_not_depend_on_the_chunks() -> None:
-    model = native(random_model(SPECS["qwen2"]), FORMATS["int8, rows"])
+    model = native(random_model(SPECS["qwen2"]), "int8, rows")
     engine = Engine(model, byte_tokenizer(211))
     ids = some_ids(model.spec, 100)
     whole, pieces = engine.model.new_cache(100), engine.model.new_cache(100)

@@ -38,6 +38,7 @@ class CLinear(ctypes.Structure):
         ("columns", c_int64),
         ("format", c_int32),
         ("group", c_int32),
+        ("activation_bits", c_int32),
     )
 
 
@@ -109,7 +110,7 @@ FUNCTIONS = {
     "gpt_close": (None, (c_void_p,)),
     "gpt_most_tokens": (c_int, ()),
     "gpt_step": (c_int, (c_void_p, POINTER(CCall), c_int64, c_int)),
-    "gpt_linear": (c_int, (POINTER(CLinear), c_void_p, c_int, c_int64, c_void_p, c_int, c_int)),
+    "gpt_linear": (c_int, (POINTER(CLinear), c_void_p, c_int, c_int64, c_void_p, c_int)),
     "gpt_packed_bytes": (c_int64, (c_int, c_int64, c_int64, c_int)),
     "gpt_pack": (
         None,

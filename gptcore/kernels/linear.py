@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from gptcore.kernels.library import CLinear, Format, library
 from gptcore.linears.embedding import PackedEmbedding
 from gptcore.linears.grid import Quantized
-from gptcore.linears.quantized import Int4Linear, Int8Linear, Int8WeightLinear, PackedLinear
+from gptcore.linears.quantized import (
+    FINE_BITS,
+    Int4Linear,
+    Int8Linear,
+    Int8WeightLinear,
+    PackedLinear,
+)
 
 ALIGNMENT = 64
 GROUPS = (64, 32)
@@ -107,8 +113,9 @@ class Matrix:
         )
         return cls(packed, rows, columns, format, group)
 
-    def described(self, bias: Tensor | None = None) -> CLinear:
+    def described(self, bias: Tensor | None = None, activation_bits: int = FINE_BITS) -> CLinear:
         """Return what the library knows of this matrix; it points here, and to the bias."""
+        assert activation_bits in (8, 16), activation_bits
         return CLinear(
             weights=self.packed.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
@@ -116,9 +123,10 @@ class Matrix:
             columns=self.columns,
             format=self.format,
             group=self.group,
+            activation_bits=activation_bits,
         )
 
-    def times(self, x: Tensor, bias: Tensor | None, *, activation_bits: int = 16) -> Tensor:
+    def times(self, x: Tensor, bias: Tensor | None, *, activation_bits: int = FINE_BITS) -> Tensor:
         """Return x Wᵀ + bias for (T, K) float32 or bfloat16, as (T, N) float32.
 
         Args:
@@ -126,17 +134,15 @@ class Matrix:
             bias: (N,) float32.
             activation_bits: 16, or 8, which takes half the time where T is large.
         """
-        assert activation_bits in (8, 16), activation_bits
         assert x.shape[1] == self.columns, (x.shape, self.columns)
         x = x.contiguous()
         y = torch.empty(len(x), self.rows)
         failed = library().gpt_linear(
-            ctypes.byref(self.described(bias)),
+            ctypes.byref(self.described(bias, activation_bits)),
             x.data_ptr(),
             x.dtype == torch.bfloat16,
             len(x),
             y.data_ptr(),
-            activation_bits == 16,
             torch.get_num_threads(),
         )
         if failed:
@@ -188,6 +194,7 @@ class NativeLinear(PackedLinear):
         super().__init__(numbers, bias)
         self.matrix = _matrix(numbers, arena)
         self.packed_bytes += self.matrix.packed.nbytes
+        self.activation_bits = FINE_BITS
         self.bias32 = None if bias is None else bias.detach().float().contiguous()
         self._scale_dtype = numbers.scale.dtype
 
@@ -199,6 +206,7 @@ class NativeLinear(PackedLinear):
             return None
         made = cls(numbers, layer.bias, arena)
         made.kind, made._settings = layer.kind, layer.settings()  # type: ignore[misc]
+        made.activation_bits = made._settings.get("activation_bits", FINE_BITS)
         return made
 
     kind: ClassVar[str] = "native"
@@ -206,12 +214,16 @@ class NativeLinear(PackedLinear):
 
     def described(self) -> CLinear:
         """Return what the library knows of this layer; it points into this module."""
-        return self.matrix.described(self.bias32)
+        return self.matrix.described(self.bias32, self.activation_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + bias for any number of vectors of float32 or bfloat16."""
         flat = x.detach().reshape(-1, self.columns)
-        y = self.matrix.times(flat if x.dtype in DTYPES else flat.float(), self.bias32)
+        y = self.matrix.times(
+            flat if x.dtype in DTYPES else flat.float(),
+            self.bias32,
+            activation_bits=self.activation_bits,
+        )
         return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
 
     def numbers(self) -> Quantized:

@@ -37,6 +37,8 @@ PIECE_WEIGHTS = 2**21
 """Weights that are float at a moment: 8 MiB."""
 LEAST_GPU_ROWS = 17
 """CUDA's integer product takes so many tokens at least."""
+FINE_BITS = 16
+"""To which our own library rounds activations unless it is told otherwise."""
 INT8_ROW_BYTES = 12
 """Beside its weights, torch's integer kernels keep a scale, a zero and a sum for a row."""
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
@@ -144,9 +146,18 @@ class Int8Linear(_PrepackedInt8):
     sums: Tensor
     """(O,): each row's sum of weights, which a shift of the activations is multiplied with."""
 
-    def __init__(self, numbers: Quantized, bias: Tensor | None) -> None:
+    def __init__(
+        self, numbers: Quantized, bias: Tensor | None, activation_bits: int = FINE_BITS
+    ) -> None:
         super().__init__(numbers, bias)
+        self.activation_bits = activation_bits
+        """Where our own library multiplies; the operation of this layer has 8."""
         self.packed_bytes += 4 * self.rows
+
+    def settings(self) -> dict[str, Any]:
+        """Return what every layer has, and the activations' bits where they are few."""
+        few = {} if self.activation_bits == FINE_BITS else {"activation_bits": self.activation_bits}
+        return {**super().settings(), **few}
 
     def _arrange(self) -> None:
         if (numbers := self._waiting) is not None:

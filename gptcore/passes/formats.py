@@ -31,6 +31,8 @@ class Format:
     """Whether activations are rounded to 8 bits too, and multiplied as integers."""
     ranged: bool = False
     """Whether the range of the activations is known beforehand, not looked for in each token."""
+    activation_bits: int = 16
+    """Of activations that our own library rounds; torch's operation rounds them to 8."""
     small: bool = False
     """Whether the layer is as small in memory as in a file, and slow."""
 
@@ -64,7 +66,8 @@ class Format:
         bias = None if bias is None else bias.detach()
         if self.activations:
             if on_cpu:
-                return quantized.Int8Linear(numbers, None if bias is None else bias.float())
+                bias = None if bias is None else bias.float()
+                return quantized.Int8Linear(numbers, bias, self.activation_bits)
             return quantized.Int8MatmulLinear(numbers, bias)
         if self.small or not (on_cpu or self.bits == 8 or self._tiled):
             return quantized.SmallLinear(numbers, bias)

@@ -64,10 +64,12 @@ SPECS = {
         | {"heads": 5, "kv_heads": 5, "head_width": 24, "width": 64, "hidden": 128}
     ),
 }
+COARSE = "int8, rows, 8-bit activations"
 FORMATS: dict[str, Grid | torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "int8, rows": Grid(8, symmetric=True, dtype=torch.float32),
+    COARSE: Grid(8, symmetric=True, dtype=torch.float32),
     "int8, groups of 64": Grid(8, 64, symmetric=True),
     "int8, groups of 32": Grid(8, 32, symmetric=True),
     "int4, groups of 64": Grid(4, 64),
@@ -101,16 +103,17 @@ def random_model(spec: ModelSpec, seed: int = 0) -> GPT:
     return model
 
 
-def native(model: GPT, form: Grid | torch.dtype) -> GPT:
+def native(model: GPT, form: str) -> GPT:
     """Return a copy whose linear layers are of a format."""
-    made = copy.deepcopy(model)
-    if isinstance(form, torch.dtype):
-        return made.to(form)
+    made, grid = copy.deepcopy(model), FORMATS[form]
+    if isinstance(grid, torch.dtype):
+        return made.to(grid)
     for name, layer in tuple(made.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, child = name.rpartition(".")
-            numbers = form.quantize(layer.weight)
-            setattr(made.get_submodule(parent), child, NativeLinear(numbers, layer.bias))
+            packed = NativeLinear(grid.quantize(layer.weight), layer.bias)
+            packed.activation_bits = 8 if form == COARSE else 16
+            setattr(made.get_submodule(parent), child, packed)
     return made
 
 

@@ -68,11 +68,10 @@ def test_products_agree_with_float64(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eight_bits_of_activations_are_rounded_with_a_scale_for_some_groups(kind: str) -> None:
-    # 10 groups of 64 with one scale a row: no more than four share theirs, and 10 = 5 · 2.
+def test_eight_bits_of_activations_are_rounded_with_a_scale_a_group(kind: str) -> None:
     codes, scale, zero, weight = numbers(kind, 40, 640, 64)
     x = torch.randn(21, 640, generator=torch.Generator().manual_seed(3))
-    parts = x.double().view(21, -1, 128 if kind == "rows" else 64)
+    parts = x.double().view(21, -1, 64)
     step = parts.abs().amax(-1, keepdim=True) / 127
     wanted = ((parts / step).round() * step).flatten(1) @ weight.T
     found = Matrix.of(codes, scale, zero, group=64).times(x, None, activation_bits=8)
@@ -160,6 +159,7 @@ def test_an_arena_gives_every_layer_bytes_of_its_own() -> None:
 
 PASSES: dict[str, tuple[Quantizer, Precision]] = {
     "int8": (Int8(), "fp32"),
+    "int8, 8-bit activations": (Int8(activation_bits=8), "fp32"),
     "int8 weights": (Int8Weights(), "bf16"),
     "int4": (Int4(group=32), "bf16"),
     "int4, wide groups": (Int4(group=64, head=False), "bf16"),
@@ -211,6 +211,23 @@ def test_a_model_that_was_taken_over_computes_what_its_numbers_say() -> None:
     ids = some_ids(model.spec, 100)
     found, wanted = full_logits(model, ids), full_logits(twin, ids)
     assert (found - wanted).abs().max() < 1e-3 * wanted.std()
+
+
+def test_a_model_has_the_activations_that_its_pass_chose() -> None:
+    fine, coarse = (packed(Int8(activation_bits=bits), "fp32", "qwen2") for bits in (16, 8))
+    ids = some_ids(fine.spec, 40)
+    assert torch.equal(full_logits(fine, ids), full_logits(coarse, ids))  # torch's have 8 bits
+    for model in (fine, coarse):
+        take_over(model)
+    chosen = {
+        where: one.activation_bits
+        for where, one in coarse.named_modules()
+        if isinstance(one, NativeLinear)
+    }
+    assert chosen.pop("head") == 16
+    assert set(chosen.values()) == {8}
+    one, other = full_logits(fine, ids), full_logits(coarse, ids)
+    assert 1e-4 < (one - other).abs().max() / one.std() < 0.25
 
 
 def test_a_tied_embedding_lets_go_of_its_copy() -> None:

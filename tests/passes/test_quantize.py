@@ -51,6 +51,7 @@ SPECS = {"llama": LLAMA, "untied": UNTIED, "gpt2": GPT2}
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 PASSES: tuple[Quantizer, ...] = (
     Int8(),
+    Int8(activation_bits=8),
     Int8Weights(),
     Int4(group=32),
     Int3(group=32),

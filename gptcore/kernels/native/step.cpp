@@ -6,7 +6,8 @@
 // The C interface at the end is all that others see; gptcore/kernels/library.py mirrors its structs.
 // Every thread goes through the whole token: what is small (norms, quantizing) each computes for
 // itself, what is large (rows of a matrix, heads and chunks of the cache) they share, and between
-// two such phases they meet. There are five meetings a block.
+// two such phases they meet. There are five meetings a block, and twice as many where the tokens are
+// so many that what is small is shared too.
 //
 // Letters of shapes: H query heads, G key/value heads, D head width, W model width, V vocabulary.
 
@@ -58,7 +59,8 @@ struct Model {
   Linear head;
 };
 
-constexpr int64_t MOST_TOKENS = 8;  // of a call
+constexpr int64_t MOST_TOKENS = 32;  // of a call
+constexpr int64_t ALONE = 4;  // tokens for which each thread prepares what it multiplies by itself
 
 // One token of a call: where it stands, and where it reads and writes.
 struct Call {
@@ -151,22 +153,31 @@ inline Integers integers(Room& room, int64_t vectors, int64_t columns, int group
           room.take<float>(vectors * groups), room.take<int32_t>(vectors * groups), groups, group};
 }
 
-// What one thread needs for itself.
-struct Desk {
-  Desk(Room& room, int64_t stride, int64_t head_width, int64_t most_positions)
-      : vector(room.take<float>(MOST_TOKENS * stride)),
-        query(room.take<float>(HEADS_AT_ONCE * head_width)),
-        weights(room.take<float>(HEADS_AT_ONCE * most_positions)) {
-    activation.halves = room.take<float>(MOST_TOKENS * stride);
+// Where vectors are prepared for the layers that read them.
+struct Bench {
+  Bench(Room& room, int64_t vectors, int64_t stride)
+      : vector(room.take<float>(vectors * stride)), activation{} {
+    activation.halves = room.take<float>(vectors * stride);
     activation.stride = stride;
-    activation.by32 = integers(room, MOST_TOKENS, stride, 32);
-    activation.by64 = integers(room, MOST_TOKENS, stride, 64);
+    activation.by32 = integers(room, vectors, stride, 32);
+    activation.by64 = integers(room, vectors, stride, 64);
+    activation.coarse = integers(room, vectors, stride, 32, false);
   }
 
   float* vector;
+  Activation activation;
+};
+
+// What one thread needs for itself.
+struct Desk {
+  Desk(Room& room, int64_t stride, int64_t queries, int64_t head_width, int64_t most_positions)
+      : bench(room, ALONE, stride),
+        query(room.take<float>(queries * head_width)),
+        weights(room.take<float>(HEADS_AT_ONCE * most_positions)) {}
+
+  Bench bench;
   float* query;
   float* weights;
-  Activation activation;
 };
 
 // A model on its way through tokens: what all threads write and read. Every vector of a token lies
@@ -181,6 +192,7 @@ class Session {
     stride_ = (stride_ + BLOCK + 15) / 16 * 16;
     for (float** one : {&x_, &q_, &k_, &v_, &inner_})
       *one = room_.take<float>(MOST_TOKENS * stride_);
+    together_ = std::make_unique<Bench>(room_, MOST_TOKENS, stride_);
     for (Partial& one : seen_)
       one = {room_.take<float>(m.heads * MOST_CHUNKS), room_.take<float>(m.heads * MOST_CHUNKS),
              room_.take<float>(m.heads * MOST_CHUNKS * m.head_width)};
@@ -202,23 +214,18 @@ class Session {
         else
           block<float>(calls, count, layer, thread, team);
       }
-      Desk& desk = desks_[size_t(thread)];
-      float* logits[MOST_TOKENS];
+      const Call* asking[MOST_TOKENS];
       int64_t wanted = 0;
-      for (int64_t t = 0; t < count; t++) {
-        if (calls[t].logits == nullptr) continue;
-        normalise(m.norm, x_ + t * stride_, m.width, desk.vector + wanted * stride_);
-        logits[wanted++] = calls[t].logits;
-      }
+      for (int64_t t = 0; t < count; t++)
+        if (calls[t].logits != nullptr) asking[wanted++] = calls + t;
       if (wanted == 0) return;
-      const Linear* head = &m.head;
-      prepare(desk.activation, desk.vector, wanted, m.width, &head, 1);
-      team.share(thread, blocks_of(m.head.rows), [&](int64_t i) {
-        float y[MOST_TOKENS][BLOCK];
-        block_of(m.head, i, desk.activation, wanted, y);
-        int64_t rows = m.head.rows - i * BLOCK < BLOCK ? m.head.rows - i * BLOCK : BLOCK;
-        for (int64_t t = 0; t < wanted; t++)
-          for (int64_t r = 0; r < rows; r++) logits[t][i * BLOCK + r] = y[t][r];
+      Activation a = arrange(thread, team, wanted, m.width, {&m.head}, nullptr,
+                             [&](int64_t t, float* to) {
+                               const float* x = x_ + (asking[t] - calls) * stride_;
+                               normalise(m.norm, x, m.width, to);
+                             });
+      share_rows(thread, team, a, wanted, {&m.head}, [&](int, int64_t i, int64_t t, float* y) {
+        std::memcpy(asking[t]->logits + i * BLOCK, y, size_t(rows_of(m.head, i)) * sizeof(float));
       });
     });
   }
@@ -229,7 +236,7 @@ class Session {
     desks_.clear();
     desk_room_ = std::make_unique<Room>();
     for (int i = 0; i < threads; i++)
-      desks_.emplace_back(*desk_room_, stride_, m.head_width, chunk_room_);
+      desks_.emplace_back(*desk_room_, stride_, queries(), m.head_width, chunk_room_);
   }
 
   // Put a token's embedding into the residual stream.
@@ -241,43 +248,54 @@ class Session {
     for (int64_t i = 0; i < m.width; i++) x[i] += q_[i];
   }
 
-  // Normalise the residual stream of every token, into the thread's vectors.
-  void normalise_all(const Norm& norm, int64_t count, Desk& desk) {
-    for (int64_t t = 0; t < count; t++)
-      normalise(norm, x_ + t * stride_, m.width, desk.vector + t * stride_);
+  // Vectors of `columns` numbers in the forms that `layers` need. They lie at `x`, or where that is
+  // null `write(t, to)` writes them first. Each thread does this for itself where they are few, and
+  // else all do it together.
+  template <typename Write>
+  Activation arrange(int thread, Team& team, int64_t count, int64_t columns,
+                     std::initializer_list<const Linear*> layers, const float* x, Write&& write) {
+    const Needs needs(layers);
+    const Bench& bench = count > ALONE ? *together_ : desks_[size_t(thread)].bench;
+    Activation a =
+        activation_of(bench.activation, x == nullptr ? bench.vector : x, columns, needs);
+    auto one = [&](int64_t t) {
+      if (x == nullptr) write(t, bench.vector + t * stride_);
+      prepare(a, needs, columns, t);
+    };
+    if (count > ALONE) {
+      team.share(thread, count, one);
+      team.meet();
+    } else {
+      for (int64_t t = 0; t < count; t++) one(t);
+    }
+    return a;
   }
 
-  // Multiply x with layers that read the same vectors; an item is 16 rows of one of them.
-  void share_rows(Desk& desk, int thread, Team& team, const float* x, int64_t count,
-                  int64_t columns, std::initializer_list<const Linear*> layers,
-                  std::initializer_list<float*> to) {
-    prepare(desk.activation, x, count, columns, layers.begin(), int(layers.size()));
+  // Multiply vectors with layers that read them: `take(which, block, t, y)` for every 16 outputs.
+  template <typename Take>
+  void share_rows(int thread, Team& team, const Activation& a, int64_t count,
+                  std::initializer_list<const Linear*> layers, Take&& take) {
+    auto items_of = [&](const Linear& l) {
+      int many = at_once(l, count);
+      return (blocks_of(l.rows) + many - 1) / many;
+    };
     int64_t items = 0;
-    for (const Linear* l : layers) items += blocks_of(l->rows);
+    for (const Linear* l : layers) items += items_of(*l);
     team.share(thread, items, [&](int64_t i) {
-      size_t which = 0;
-      while (i >= blocks_of(layers.begin()[which]->rows))
-        i -= blocks_of(layers.begin()[which++]->rows);
+      int which = 0;
+      while (i >= items_of(*layers.begin()[which])) i -= items_of(*layers.begin()[which++]);
       const Linear& l = *layers.begin()[which];
-      float y[MOST_TOKENS][BLOCK];
-      block_of(l, i, desk.activation, count, y);
-      for (int64_t t = 0; t < count; t++)
-        store_block(y[t], to.begin()[which] + t * stride_ + i * BLOCK);
+      int many = at_once(l, count);
+      multiply(l, i * many, many, a, 0, count,
+               [&](int64_t block, int64_t t, float* y) { take(which, block, t, y); });
     });
   }
 
-  // As above, one layer, added to the residual stream.
-  void add_rows(Desk& desk, int thread, Team& team, const float* x, int64_t count,
-                const Linear& l) {
-    const Linear* one = &l;
-    prepare(desk.activation, x, count, l.columns, &one, 1);
-    team.share(thread, blocks_of(l.rows), [&](int64_t i) {
-      float y[MOST_TOKENS][BLOCK];
-      block_of(l, i, desk.activation, count, y);
-      for (int64_t t = 0; t < count; t++) {
-        float* x_here = x_ + t * stride_ + i * BLOCK;
-        for (int64_t r = 0; r < BLOCK; r++) x_here[r] += y[t][r];
-      }
+  // Multiply vectors with a layer and add the outputs to the residual stream.
+  void add_rows(int thread, Team& team, const Activation& a, int64_t count, const Linear& l) {
+    share_rows(thread, team, a, count, {&l}, [&](int, int64_t i, int64_t t, const float* y) {
+      float* x_here = x_ + t * stride_ + i * BLOCK;
+      for (int64_t r = 0; r < BLOCK; r++) x_here[r] += y[r];
     });
   }
 
@@ -285,12 +303,21 @@ class Session {
   void block(const Call* calls, int64_t count, int64_t layer, int thread, Team& team) {
     const Block& b = m.blocks[layer];
     Desk& desk = desks_[size_t(thread)];
-    normalise_all(b.attention_norm, count, desk);
-    share_rows(desk, thread, team, desk.vector, count, m.width, {&b.q, &b.k, &b.v}, {q_, k_, v_});
+    float* to[] = {q_, k_, v_};
+    Activation a = arrange(thread, team, count, m.width, {&b.q, &b.k, &b.v}, nullptr,
+                           [&](int64_t t, float* normal) {
+                             normalise(b.attention_norm, x_ + t * stride_, m.width, normal);
+                           });
+    share_rows(thread, team, a, count, {&b.q, &b.k, &b.v},
+               [&](int which, int64_t i, int64_t t, const float* y) {
+                 store_block(y, to[which] + t * stride_ + i * BLOCK);
+               });
     team.meet();
     if (count > 1) {  // a token looks at those before it, which may be of this call
       team.share(thread, count * m.kv_heads, [&](int64_t i) {
-        keep<T>(calls[i / m.kv_heads], b, layer, i % m.kv_heads, i / m.kv_heads, desk);
+        int64_t t = i / m.kv_heads, group = i % m.kv_heads;
+        keep<T>(calls[t], b, layer, group, t, desk);
+        ask(calls[t], b, group, t, q_ + t * stride_ + group * queries() * m.head_width);
       });
       team.meet();
     }
@@ -300,36 +327,52 @@ class Session {
       int64_t t = 0;
       while (i >= items[t]) i -= items[t++];
       int64_t chunks = chunks_of(calls[t]), group = i / chunks, chunk = i % chunks;
-      if (count == 1 && chunk == chunks - 1) keep<T>(calls[t], b, layer, group, t, desk);
-      look_at<T>(calls[t], b, layer, group, chunk, t, desk);
-    });
-    team.meet();
-    for (int64_t t = 0; t < count; t++)
-      for (int64_t h = 0; h < m.heads; h++)
-        combine(seen_[t], h, chunks_of(calls[t]), m.head_width,
-                desk.vector + t * stride_ + h * m.head_width);
-    add_rows(desk, thread, team, desk.vector, count, b.out);
-    team.meet();
-    normalise_all(b.mlp_norm, count, desk);
-    const Linear* both[] = {&b.up, &b.gate};
-    prepare(desk.activation, desk.vector, count, m.width, both, 2);
-    team.share(thread, blocks_of(b.up.rows), [&](int64_t i) {
-      float up[MOST_TOKENS][BLOCK], gate[MOST_TOKENS][BLOCK];
-      if (m.mlp == SWIGLU) block_of(b.gate, i, desk.activation, count, gate);
-      block_of(b.up, i, desk.activation, count, up);
-      for (int64_t t = 0; t < count; t++) {
-        activate(m.mlp, gate[t], up[t]);
-        store_block(up[t], inner_ + t * stride_ + i * BLOCK);
+      const float* asked = q_ + t * stride_ + group * queries() * m.head_width;
+      if (count == 1) {
+        if (chunk == chunks - 1) keep<T>(calls[t], b, layer, group, t, desk);
+        ask(calls[t], b, group, t, desk.query);
+        asked = desk.query;
       }
+      look_at<T>(calls[t], layer, group, chunk, t, asked, desk);
     });
     team.meet();
-    add_rows(desk, thread, team, inner_, count, b.down);
+    a = arrange(thread, team, count, b.out.columns, {&b.out}, nullptr,
+                [&](int64_t t, float* joined) {
+                  for (int64_t h = 0; h < m.heads; h++)
+                    combine(seen_[t], h, chunks_of(calls[t]), m.head_width,
+                            joined + h * m.head_width);
+                });
+    add_rows(thread, team, a, count, b.out);
+    team.meet();
+    a = arrange(thread, team, count, m.width, {&b.up, &b.gate}, nullptr,
+                [&](int64_t t, float* normal) {
+                  normalise(b.mlp_norm, x_ + t * stride_, m.width, normal);
+                });
+    // Gate and up meet in one thread: what the one leaves in inner_, the other finds there.
+    int many = at_once(b.up, count);
+    if (m.mlp == SWIGLU && at_once(b.gate, count) < many) many = 1;
+    team.share(thread, (blocks_of(b.up.rows) + many - 1) / many, [&](int64_t i) {
+      if (m.mlp == SWIGLU)
+        multiply(b.gate, i * many, many, a, 0, count, [&](int64_t block, int64_t t, float* y) {
+          store_block(y, inner_ + t * stride_ + block * BLOCK);
+        });
+      multiply(b.up, i * many, many, a, 0, count, [&](int64_t block, int64_t t, float* y) {
+        float* inner = inner_ + t * stride_ + block * BLOCK;
+        activate(m.mlp, inner, y);
+        store_block(y, inner);
+      });
+    });
+    team.meet();
+    a = arrange(thread, team, count, b.down.columns, {&b.down}, inner_, [](int64_t, float*) {});
+    add_rows(thread, team, a, count, b.down);
     team.meet();
   }
 
   static void store_block(const float* from, float* to) {
     std::memcpy(to, from, BLOCK * sizeof(float));
   }
+
+  int64_t queries() const { return m.heads / m.kv_heads; }  // of a key head
 
   int64_t chunks_of(const Call& call) const {
     int64_t known = call.position + 1, size = chunk_of(known, m.kv_heads);
@@ -358,24 +401,29 @@ class Session {
     }
   }
 
-  // Let the query heads of token t's key head `group` look at one chunk of what is known.
+  // Make token t's queries for key head `group` ready to meet keys; `to` may be where they lie.
+  void ask(const Call& call, const Block& b, int64_t group, int64_t t, float* to) {
+    const float* from = q_ + t * stride_ + group * queries() * m.head_width;
+    for (int64_t i = 0; i < queries() * m.head_width; i += m.head_width)
+      finish_head(from + i, m.head_width, b.q_norm, m.qk_eps, call.cos, call.sin,
+                  1.0f / std::sqrt(float(m.head_width)), to + i);
+  }
+
+  // Let the query heads of token t's key head `group`, which lie at `asked`, look at one chunk of
+  // what is known.
   template <typename T>
-  void look_at(const Call& call, const Block& b, int64_t layer, int64_t group, int64_t chunk,
-               int64_t t, Desk& desk) {
+  void look_at(const Call& call, int64_t layer, int64_t group, int64_t chunk, int64_t t,
+               const float* asked, Desk& desk) {
     int64_t known = call.position + 1, width = m.head_width, size = chunk_of(known, m.kv_heads);
     int64_t begin = chunk * size, end = begin + size < known ? begin + size : known;
     const T* keys = lane<T>(call.keys, call, layer, group);
     const T* values = lane<T>(call.values, call, layer, group);
-    int64_t last = (group + 1) * (m.heads / m.kv_heads);
-    for (int64_t h = last - m.heads / m.kv_heads; h < last; h += HEADS_AT_ONCE) {
-      int64_t heads = last - h < HEADS_AT_ONCE ? last - h : HEADS_AT_ONCE;
-      for (int64_t i = 0; i < heads; i++)
-        finish_head(q_ + t * stride_ + (h + i) * width, width, b.q_norm, m.qk_eps, call.cos,
-                    call.sin, 1.0f / std::sqrt(float(width)), desk.query + i * width);
+    for (int64_t i = 0; i < queries(); i += HEADS_AT_ONCE) {
+      int64_t heads = queries() - i < HEADS_AT_ONCE ? queries() - i : HEADS_AT_ONCE;
       auto looking = heads == 4 ? look<4, T> : heads == 3 ? look<3, T> : heads == 2 ? look<2, T>
                                                                                      : look<1, T>;
-      looking(desk.query, keys + begin * width, values + begin * width, width, end - begin,
-              desk.weights, chunk_room_, h, chunk, seen_[t]);
+      looking(asked + i * width, keys + begin * width, values + begin * width, width, end - begin,
+              desk.weights, chunk_room_, group * queries() + i, chunk, seen_[t]);
     }
   }
 
@@ -385,6 +433,7 @@ class Session {
   int64_t chunk_room_ = 0;  // positions that fit into a desk's weights, filled up to registers
   float *x_, *q_, *k_, *v_, *inner_;
   Partial seen_[MOST_TOKENS];
+  std::unique_ptr<Bench> together_;
   std::unique_ptr<Room> desk_room_;
   std::vector<Desk> desks_;
 };
@@ -392,45 +441,28 @@ class Session {
 // Many vectors times one packed matrix.
 constexpr int64_t CACHED_BYTES = 1 << 20;  // of activations that stay near while rows go by
 
-constexpr int MANY_TILE = LANES == 16 ? 4 : 1;  // vectors whose sums by PAIR blocks registers hold
-constexpr int PAIR = 2;
-
-template <int VECTORS, int BLOCKS, bool FINE>
-inline int64_t tile_of(const Linear& l, int64_t block, const Integers& x, int64_t t, int64_t end,
-                       float* y) {
-  if constexpr (VECTORS > 1)
-    if (end - t < VECTORS) return tile_of<VECTORS / 2, BLOCKS, FINE>(l, block, x, t, end, y);
-  float tile[VECTORS][BLOCKS * BLOCK];
-  packed_blocks<VECTORS, BLOCKS, FINE>(l, block, x, t, tile);
-  int64_t first = block * BLOCK, rows = l.rows - first;
-  rows = rows < BLOCKS * BLOCK ? rows : BLOCKS * BLOCK;
-  for (int v = 0; v < VECTORS; v++)
-    for (int64_t r = 0; r < rows; r++)
-      y[(t + v) * l.rows + first + r] = tile[v][r] + (l.bias != nullptr ? l.bias[first + r] : 0.0f);
-  return t + VECTORS;
-}
-
-template <bool FINE, typename T>
-inline void multiply(const Linear& l, const T* x, int64_t vectors, float* y, int threads) {
-  constexpr int VECTORS = FINE ? MANY_TILE : 2 * MANY_TILE;
+template <typename T>
+inline void multiply_all(const Linear& l, const T* x, int64_t vectors, float* y, int threads) {
+  const bool fine = is_fine(l);
   Room room;
-  Integers q = integers(room, vectors, l.columns, FINE ? l.group : few_steps_group(l), FINE);
-  int64_t row_bytes = (FINE ? 2 : 1) * q.groups * q.group;
-  int64_t strip = CACHED_BYTES / row_bytes / VECTORS * VECTORS;
-  strip = strip < VECTORS ? VECTORS : strip;
-  int64_t strips = (vectors + strip - 1) / strip, blocks = blocks_of(l.rows);
-  int64_t pairs = (blocks + PAIR - 1) / PAIR;
+  Integers q = integers(room, vectors, l.columns, l.group, fine);
+  Activation a{};
+  a.by32 = a.by64 = a.coarse = q;
+  int64_t row_bytes = (fine ? 2 : 1) * q.groups * q.group;
+  int64_t strip = CACHED_BYTES / row_bytes / TILE * TILE;
+  strip = strip < TILE ? TILE : strip;
+  int64_t strips = (vectors + strip - 1) / strip;
+  int many = at_once(l, vectors);
+  int64_t items = (blocks_of(l.rows) + many - 1) / many;
   Pool::of_this_process().run(threads, [&](int thread, Team& team) {
     team.share(thread, vectors,
                [&](int64_t t) { quantize(x + t * l.columns, l.columns, q, t); });
     team.meet();
-    team.share(thread, strips * pairs, [&](int64_t i) {
-      int64_t t = i / pairs * strip, end = t + strip < vectors ? t + strip : vectors;
-      int64_t block = i % pairs * PAIR;
-      if (block + PAIR <= blocks)
-        while (t < end) t = tile_of<VECTORS, PAIR, FINE>(l, block, q, t, end, y);
-      else
-        while (t < end) t = tile_of<VECTORS, 1, FINE>(l, block, q, t, end, y);
+    team.share(thread, strips * items, [&](int64_t i) {
+      int64_t t = i / items * strip, end = t + strip < vectors ? t + strip : vectors;
+      multiply(l, i % items * many, many, a, t, end, [&](int64_t block, int64_t v, float* found) {
+        std::memcpy(y + v * l.rows + block * BLOCK, found, size_t(rows_of(l, block)) * sizeof *y);
+      });
     });
   });
 }
@@ -524,21 +556,14 @@ int gpt_step(void* session, const gpt::Call* calls, int64_t count, int threads) 
   }
 }
 
-// y (vectors, rows) = x (vectors, columns) times a packed matrix, with activations of 16 bits where
-// `fine`, else of 8. 0, or 1 where there is no memory.
+// y (vectors, rows) = x (vectors, columns) times a packed matrix. 0, or 1 where there is no memory.
 int gpt_linear(const gpt::Linear* linear, const void* x, int x_is_bf16, int64_t vectors, float* y,
-               int fine, int threads) {
-  auto product = [&](const auto* from) {
-    if (fine)
-      gpt::multiply<true>(*linear, from, vectors, y, threads);
-    else
-      gpt::multiply<false>(*linear, from, vectors, y, threads);
-  };
+               int threads) {
   try {
     if (x_is_bf16)
-      product(static_cast<const uint16_t*>(x));
+      gpt::multiply_all(*linear, static_cast<const uint16_t*>(x), vectors, y, threads);
     else
-      product(static_cast<const float*>(x));
+      gpt::multiply_all(*linear, static_cast<const float*>(x), vectors, y, threads);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -19,6 +19,7 @@
 #else
 #define GPT_UNROLL _Pragma("GCC unroll 16")
 #endif
+#define GPT_OUTLINED __attribute__((noinline))  // once, however many call it
 
 namespace gpt {
 
