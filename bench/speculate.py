@@ -1,10 +1,11 @@
-"""Guessing ahead on against off, in turns: what prompt lookup saves where a text repeats itself.
+"""Guessing ahead on against off, in turns: what prompt lookup and a draft of the weights save.
 
 Two sets of prompts: *copying* ones ask for the passage that they hold, once more or with one word
 exchanged; the *others* are the beginnings of a text that ships, which has little to repeat. Every
-prompt is written greedily with guessing and without, in an order drawn anew; the tokens must be the
-same, one for one. What stands in the table is the ratio of the seconds from the first token to the
-last, and the share of guesses that were right.
+prompt is written with guessing and without, in an order drawn anew, greedily unless a temperature
+is given; the tokens must be the same, one for one. Sides with a draft have the pass ``draft`` and
+prompt lookup, the others prompt lookup alone. What stands in the table is the ratio of the seconds
+from the first token to the last, and the share of guesses that were right.
 
 The result is printed, and written to bench/results/ and into bench/README.md.
 """
@@ -16,6 +17,7 @@ import os
 import random
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,14 @@ from gptcore.provenance import provenance
 from gptcore.records import Message, Request
 
 PASSAGE_CHARS = 320
+SIDES: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "fp32": ("fp32", []),
+    "bf16": ("bf16", []),
+    "int8": ("int8", []),
+    "fp32, draft": ("fp32", [{"pass": "draft"}]),
+    "bf16, draft": ("bf16", [{"pass": "draft"}]),
+}
+"""Precision and recipe by name."""
 COPYING = (
     "Repeat this text word for word, and nothing else:\n\n{passage}",
     "Write this text again, with the first word in capital letters:\n\n{passage}",
@@ -46,7 +56,7 @@ class Outcome:
     same: bool
 
 
-def requests(count: int, new_tokens: int) -> list[tuple[str, Request]]:
+def requests(count: int, new_tokens: int, temperature: float) -> list[tuple[str, Request]]:
     """Return so many requests of each kind."""
     text = (ROOT / "data" / "texts" / "evaluation.txt").read_text()
     starts = np.linspace(0, len(text) - PASSAGE_CHARS - 1, count).astype(int)
@@ -56,11 +66,12 @@ def requests(count: int, new_tokens: int) -> list[tuple[str, Request]]:
         asked = COPYING[i % len(COPYING)].format(passage=passage)
         chat = Request(
             messages=(Message(role="user", content=asked),),
-            temperature=0,
+            temperature=temperature,
+            seed=i,
             max_new_tokens=new_tokens,
             alternatives=0,
         )
-        plain = Request(prompt=passage, temperature=0, max_new_tokens=new_tokens, alternatives=0)
+        plain = chat.model_copy(update={"messages": (), "prompt": passage})
         found += [("copying", chat), ("others", plain)]
     return found
 
@@ -71,21 +82,24 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=25, help="of each kind")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--write", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     pin(options.threads)
     load_before = os.getloadavg()
     rows: dict[str, dict[str, object]] = {}
-    for precision in options.precisions:
-        found = outcomes(precision, options.prompts, options.new_tokens, options.threads)
-        rows[precision] = {kind: summary(found, kind) for kind in ("copying", "others")}
-        rows[precision]["outcomes"] = [asdict(one) for one in found]
-        print(f"{precision}: done", flush=True)
+    for side in options.sides:
+        asked = requests(options.prompts, options.new_tokens, options.temperature)
+        found = outcomes(*SIDES[side], asked, options.threads)
+        rows[side] = {kind: summary(found, kind) for kind in ("copying", "others")}
+        rows[side]["outcomes"] = [asdict(one) for one in found]
+        print(f"{side}: done", flush=True)
     result = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": options.threads,
         "new_tokens": options.new_tokens,
+        "temperature": options.temperature,
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "machine": asdict(provenance(threads=options.threads)),
         "rows": rows,
@@ -96,7 +110,9 @@ def main() -> None:
         keep("speculate", result, table)
 
 
-def outcomes(precision: str, count: int, new_tokens: int, threads: int) -> list[Outcome]:
+def outcomes(
+    precision: str, recipe: list[dict[str, Any]], asked: list[tuple[str, Request]], threads: int
+) -> list[Outcome]:
     """Write every prompt both ways."""
     from bench.sides import Ours
     from gptcore.catalogue import Catalogue
@@ -104,11 +120,11 @@ def outcomes(precision: str, count: int, new_tokens: int, threads: int) -> list[
     from gptcore.paths import models_dir
     from gptcore.tokenizer import load_tokenizer
 
-    model = Ours(SMOLLM2, precision, threads).engine.model
+    model = Ours(SMOLLM2, precision, threads, recipe).engine.model
     directory = Catalogue(models_dir()).checkpoint(SMOLLM2).directory
     engine = Engine(model, load_tokenizer(directory))
     draw, found = random.Random(0), []
-    for kind, request in requests(count, new_tokens):
+    for kind, request in asked:
         done = {}
         for shortcuts in draw.sample([False, True], 2):
             engine.forget()
@@ -149,21 +165,21 @@ def markdown(result: dict[str, object]) -> str:
     assert isinstance(rows, dict)
     lines = [
         f"{str(result['at'])[:10]}, {machine['cpu']}, {result['threads']} threads, "
-        f"{machine['platform']}, commit {machine['git_commit']}. {SMOLLM2}, greedy, at most "
-        f"{result['new_tokens']} new tokens. Load average {load['before'][0]:.1f} before and "
-        f"{load['after'][0]:.1f} after.",
+        f"{machine['platform']}, commit {machine['git_commit']}. {SMOLLM2}, temperature "
+        f"{result['temperature']:g}, at most {result['new_tokens']} new tokens. Load average "
+        f"{load['before'][0]:.1f} before and {load['after'][0]:.1f} after.",
         "",
-        "| precision | prompts | guessing is faster by, median (quartiles) | tokens a step | "
+        "| side | prompts | guessing is faster by, median (quartiles) | tokens a step | "
         "guesses that were right | same tokens |",
         "|---|---|---|---|---|---|",
     ]
-    for precision, kinds in rows.items():
+    for side, kinds in rows.items():
         for kind in ("copying", "others"):
             one = kinds[kind]
             low, high = one["quartiles"]
             right = "–" if one["accepted_ratio"] is None else f"{one['accepted_ratio']:.0%}"
             lines.append(
-                f"| {precision} | {kind} | {one['ratio']:.2f}× ({low:.2f}–{high:.2f}) | "
+                f"| {side} | {kind} | {one['ratio']:.2f}× ({low:.2f}–{high:.2f}) | "
                 f"{one['tokens_per_step']:.2f} | {right} of {one['guessed_tokens']:,} | "
                 f"{one['identical']} of {one['prompts']} |"
             )
