@@ -46,9 +46,11 @@ from gptcore.model import GPT, KVCache
 from gptcore.records import Token
 
 MOST_TEXTS = 32
-"""Texts side by side, at most; a step takes four calls of our library for so many."""
+"""Texts side by side, at most; what one call of our library takes."""
 LEAST_READING_S = 0.02
 """For so long prompts are read behind every step, however fast that was."""
+PIECE_TOKENS = 8
+"""Tokens of a prompt that are read before the clock is looked at: a quarter of a call."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,7 +264,7 @@ def together(
 ) -> list[Callable[[], Tensor]]:
     """Read one token into each of B caches of one text, and return what gives the logits of each.
 
-    Our own library reads the weights once for eight of them, at once. Torch reads one after the
+    Our own library reads the weights once for many of them, at once. Torch reads one after the
     other, when they are asked for: its sums of several at once are other sums than those of one,
     and the texts would not be those that are written alone.
     """
@@ -282,7 +284,7 @@ def in_pieces(model: GPT, asked: ToRead) -> Iterator[Tensor | None]:
     ids, cache = asked.ids, asked.cache
     if (step := reader_of(model, len(ids), cache)) is not None:
         found = []
-        for logits in step.read_on(ids, cache, last_only=not asked.each):
+        for logits in step.read_on(ids, cache, last_only=not asked.each, at_once=PIECE_TOKENS):
             found.append(logits)
             yield None
         yield torch.cat(found) if asked.each else found[-1][-1]

@@ -124,12 +124,21 @@ class NativeStep:
         return found[-1] if last_only or len(found) == 1 else torch.cat(found)
 
     def read_on(
-        self, ids: Sequence[int], cache: KVCache, *, last_only: bool = False
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        at_once: int | None = None,
     ) -> Iterator[Tensor]:
-        """Read as ``read`` does, and yield the logits of each call of the library as it is done."""
+        """Read as ``read`` does, and yield the logits of each call of the library as it is done.
+
+        A call has ``at_once`` tokens, as many as there may be if that is None.
+        """
         self._room(cache, len(ids))
-        for begin in range(0, len(ids), self.most_tokens):
-            some = ids[begin : begin + self.most_tokens]
+        size = min(at_once or self.most_tokens, self.most_tokens)
+        for begin in range(0, len(ids), size):
+            some = ids[begin : begin + size]
             ends = begin + len(some) == len(ids)
             wanted = (1 if ends else 0) if last_only else len(some)
             places = [_Place(cache, 0, cache.length + i) for i in range(len(some))]
