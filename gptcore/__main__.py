@@ -13,6 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while all this is being imported ends witho
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -52,7 +53,7 @@ from gptcore.cli.terminal import (
     say,
     variant_of,
 )
-from gptcore.device import devices, free_bytes
+from gptcore.device import Placement, devices, free_bytes
 from gptcore.errors import (
     Cancelled,
     DeviceBusy,
@@ -63,6 +64,8 @@ from gptcore.fit import gib
 from gptcore.host.wire import error_from_json
 from gptcore.host.worker import Watcher, Worker
 from gptcore.plan import command as planning
+from gptcore.processes import Processes, is_first, joined, several, started
+from gptcore.recipe import Variant
 from gptcore.records import (
     MAX_SEED,
     Message,
@@ -91,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(said, file=sys.stderr)
         return 2
     options = _parser().parse_args(given)
+    options.words = given
     command: Callable[[argparse.Namespace], dict[str, Any]] = options.command
     try:
         result = command(options)
@@ -175,10 +179,26 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         Unread: as ``say``; it is kept too.
         GptcoreError: it was refused, or failed.
     """
-    request = _request(options)
+    request = _request(options) if is_first() else None
+    with (
+        started(1 if several() else options.processes, options.words),
+        contextlib.ExitStack() as on,
+    ):
+        processes, options.device = on.enter_context(joined(options.device))
+        if processes.count > 1 and not options.threads:
+            options.threads = max(1, Placement().resolved_threads // processes.count)
+        agreed = processes.agreed("" if request is None else request.model_dump_json())
+        return _generated(options, Request.model_validate_json(agreed), processes)
+
+
+def _generated(
+    options: argparse.Namespace, request: Request, processes: Processes
+) -> dict[str, Any]:
     models = catalogue()
     variant = variant_of(options, models)
-    worker = Worker(options.device, models, wait=options.wait)
+    worker = Worker(options.device, models, wait=options.wait, processes=processes)
+    if not processes.first:
+        return _with_the_first(options, worker, variant, request)
     run = new_run(RunKind.GENERATE, variant, request.model_dump(mode="json"))
     ended: list[Unread] = []
     draws = sys.stdout is not None and sys.stdout.isatty()
@@ -222,6 +242,19 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         "variant": variant.hash,
         "run_id": run.id if saved else None,
     }
+
+
+def _with_the_first(
+    options: argparse.Namespace, worker: Worker, variant: Variant, request: Request
+) -> dict[str, Any]:
+    """Compute this process's share of what the first one writes, keeps and says."""
+    options.json = False
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the first that stops, and ends the others
+    run = new_run(RunKind.GENERATE, variant, request.model_dump(mode="json"))
+    run, _ = worker.generate(run, variant, request, Watcher(), sent_at=time.monotonic())
+    if run.error_kind:
+        raise error_from_json(run.error_kind, run.error or "")
+    return {}
 
 
 def _tolerate_any_text() -> None:
@@ -345,6 +378,9 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end before this text; may be repeated"
     )
     one.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
+    one.add_argument(
+        "--processes", type=int, default=1, help="split the model over so many processes"
+    )
     for name in (
         "temperature",
         "top_k",

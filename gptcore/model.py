@@ -234,6 +234,12 @@ class Block(nn.Module):
         return after
 
 
+def local(weight: Tensor) -> Tensor:
+    """Return what this process holds of a weight; all of it where the model is not split."""
+    found: Tensor = getattr(weight, "_local_tensor", weight)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A cheaper copy of a model that guesses its tokens ahead, see ``lookup``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,10 +17,10 @@ from pydantic.fields import FieldInfo
 from gptcore.cli.terminal import catalogue, say, yielding_device
 from gptcore.device import Placement, require_device
 from gptcore.errors import InvalidInput, StoreError
+from gptcore.processes import Processes, joined, several
 from gptcore.train.child import new_folder
 from gptcore.train.events import Event, Noted, Observer, Stepped, Validated
 from gptcore.train.order import Order, job, read_order
-from gptcore.train.processes import Processes, joined
 from gptcore.train.settings import Training
 from gptcore.train.trainer import Outcome, train
 
@@ -66,7 +65,7 @@ def train_model(options: argparse.Namespace) -> dict[str, Any]:
         raise InvalidInput("--minutes must be above 0.")
     if options.resume and options.to is None:
         raise InvalidInput("Say which training goes on: --to FOLDER.")
-    if options.to is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if options.to is None and several():
         raise InvalidInput("Several processes need one folder by name: give --to FOLDER.")
     folder = options.to or new_folder()
     order = ordered(options, folder)

@@ -9,13 +9,14 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptcore import parallel
 from gptcore.catalogue import Catalogue
 from gptcore.device import free_bytes, limit_spinning
 from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
@@ -27,6 +28,7 @@ from gptcore.measure.calibration import named_text, rows, with_text
 from gptcore.measure.memory import PeakMemory, dropping, trim_heap, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
 from gptcore.passes.base import PassContext
+from gptcore.processes import Processes
 from gptcore.recipe import Variant
 from gptcore.records import (
     Measurement,
@@ -75,8 +77,19 @@ class Worker:
         *,
         wait: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes | None = None,
     ) -> None:
+        """Own a device.
+
+        Args:
+            device: of this process.
+            catalogue: has the models.
+            wait: for a device that another process holds.
+            clock: seconds.
+            processes: that hold every model together with this one, each a share of it.
+        """
         limit_spinning()
+        self._processes = processes or Processes()
         self.device = device
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._catalogue = catalogue
@@ -234,6 +247,8 @@ class Worker:
         trim_heap()
 
     def _lock(self, purpose: str, watcher: Watcher) -> AbstractContextManager[None]:
+        if not self._processes.first:
+            return nullcontext()  # the first one holds the device for all
         return device_lock(
             self.device,
             purpose,
@@ -272,6 +287,8 @@ class Worker:
                 model = one.apply(model, context)
                 seconds[one.name] = seconds.get(one.name, 0.0) + self._clock() - began
         model.eval()
+        if self._processes.count > 1:
+            model = parallel.split(model, self.device)
         assert context.tokenizer is not None
         engine = Engine(model, context.tokenizer, clock=self._clock)
         trim_heap()
@@ -308,6 +325,8 @@ class Worker:
             drop(ratio)
 
         placement = variant.placement
+        if self._processes.count > 1:  # none of them need have room for all of it on its device
+            placement = placement.model_copy(update={"device": "cpu"})
         context = PassContext(placement=placement, progress=progress)
         model_name = variant.model
         if not self._has_random(variant) and (made := self._catalogue.artifact(model_name)):

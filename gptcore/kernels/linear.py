@@ -115,7 +115,7 @@ class Matrix:
 
     def described(self, bias: Tensor | None = None, activation_bits: int = FINE_BITS) -> CLinear:
         """Return what the library knows of this matrix; it points here, and to the bias."""
-        assert activation_bits in (8, 16), activation_bits
+        assert activation_bits == FINE_BITS or self.format is Format.INT8_ROWS, self.format
         return CLinear(
             weights=self.packed.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
@@ -132,7 +132,8 @@ class Matrix:
         Args:
             x: the activations; they are rounded with a scale a group.
             bias: (N,) float32.
-            activation_bits: 16, or 8, which takes half the time where T is large.
+            activation_bits: 16, or 8 where a row of weights has one scale, which takes half the
+                time where T is large.
         """
         assert x.shape[1] == self.columns, (x.shape, self.columns)
         x = x.contiguous()

@@ -28,7 +28,7 @@ from gptcore.kernels.library import (
     unavailable,
 )
 from gptcore.kernels.linear import DTYPES, NativeEmbedding, NativeLinear, take_over
-from gptcore.model import GPT, Block, KVCache, rotary_tables
+from gptcore.model import GPT, Block, KVCache, local, rotary_tables
 
 FEW_TOKENS: dict[torch.dtype | str, int] = {"packed": 64, torch.bfloat16: 64, torch.float32: 8}
 """Tokens that were read faster by the step than by torch, by what the weights are.
@@ -321,6 +321,8 @@ class NativeStep:
 
     def _pointer(self, tensor: Tensor) -> int:
         """Return where a tensor lies, which is kept as long as this step."""
+        if local(tensor) is not tensor:
+            raise Unsupported("the model is split over processes.")
         if not tensor.is_contiguous():
             raise Unsupported("a weight does not lie in one piece.")
         self._kept.append(tensor)

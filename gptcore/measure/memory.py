@@ -156,10 +156,13 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     """
     from torch import nn
 
+    from gptcore.model import local
+
     seen: dict[int, int] = {}
     packed = step = 0
     for module in model.modules():
-        own = {p.data_ptr(): p.nbytes for p in module.parameters(recurse=False)}
+        held = (local(p) for p in module.parameters(recurse=False))
+        own = {p.data_ptr(): p.nbytes for p in held}
         if not isinstance(module, nn.Embedding):
             step += sum(own.values())
         seen |= own

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from gptcore.device import free_bytes
 from gptcore.errors import Cancelled, DoesNotFit, InvalidInput, NumericalError, StoreError
 from gptcore.measure.energy import EnergyMeter
+from gptcore.processes import Processes
 from gptcore.spec import ModelSpec
 from gptcore.tokenizer import load_tokenizer
 from gptcore.train import checkpoint
@@ -32,7 +33,6 @@ from gptcore.train.checkpoint import Progress
 from gptcore.train.events import LOG, Event, Log, Noted, Observer, Stepped, Validated
 from gptcore.train.memory import require_batch, require_room, sequence_bytes
 from gptcore.train.origin import Origin
-from gptcore.train.processes import Processes, wrapped
 from gptcore.train.settings import Training
 from gptcore.train.teaching import Teacher
 from gptcore.train.tokens import Data, require_windows, sequences, starts, validation_starts
@@ -617,6 +617,15 @@ def optimizers(model: GPT, settings: Training, device: str) -> tuple[torch.optim
         return (adamw,)
     muon = Muon(by_muon, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return (adamw, muon)
+
+
+def wrapped(model: nn.Module, processes: Processes) -> nn.Module:
+    """Return the model such that its gradients are the mean over all processes."""
+    if processes.count == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model)
 
 
 def dropout(model: GPT, share: float) -> None:

@@ -47,9 +47,12 @@ def numbers(
     return codes, scale, zero, (codes.double() - 8) * wide + zero.double()[:, of_column]
 
 
-@pytest.mark.parametrize("activation_bits", [16, 8])
+BITS = [*((kind, 16) for kind in KINDS), ("rows", 8)]
+"""Kinds, with the bits of activations that they may have."""
+
+
 @pytest.mark.parametrize("group", [32, 64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "activation_bits"), BITS)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_products_agree_with_float64(
     rows: int, columns: int, kind: str, group: int, activation_bits: int
@@ -67,9 +70,8 @@ def test_products_agree_with_float64(
     assert ((found - wanted).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_eight_bits_of_activations_are_rounded_with_a_scale_a_group(kind: str) -> None:
-    codes, scale, zero, weight = numbers(kind, 40, 640, 64)
+def test_eight_bits_of_activations_are_rounded_with_a_scale_a_group() -> None:
+    codes, scale, zero, weight = numbers("rows", 40, 640, 64)
     x = torch.randn(21, 640, generator=torch.Generator().manual_seed(3))
     parts = x.double().view(21, -1, 64)
     step = parts.abs().amax(-1, keepdim=True) / 127
@@ -92,8 +94,7 @@ def test_numbers_come_back_as_they_were(rows: int, columns: int, kind: str) -> N
     assert torch.allclose(picked.double(), weight, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation_bits", [16, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "activation_bits"), BITS)
 def test_many_vectors_at_once_give_the_bits_of_each_alone(kind: str, activation_bits: int) -> None:
     # Tiles of 8, 4, 2 and 1 vectors are all met with 1 to 23.
     codes, scale, zero, _ = numbers(kind, 50, 200, 64)

@@ -19,12 +19,12 @@ from gptcore.catalogue import Catalogue
 from gptcore.device import Placement
 from gptcore.engine import Engine
 from gptcore.errors import Cancelled, DoesNotFit, InvalidInput, NumericalError, StoreError
+from gptcore.processes import Processes
 from gptcore.records import Request
 from gptcore.tokenizer import load_tokenizer
 from gptcore.train import checkpoint
 from gptcore.train.events import Noted, Stepped, Validated, read_log
 from gptcore.train.memory import require_batch, sequence_bytes, state_bytes
-from gptcore.train.processes import Processes
 from gptcore.train.settings import Training
 from gptcore.train.tokens import sequences, validation_starts
 from gptcore.train.trainer import Job, autocast, dropout, first_model, mfu_ratio, train

@@ -42,7 +42,7 @@ struct Linear {
   int64_t columns;
   int32_t format;
   int32_t group;            // 32 or 64 where packed
-  int32_t activation_bits;  // 16 or 8 where packed
+  int32_t activation_bits;  // 16 where packed; 8 with INT8_ROWS alone
 };
 
 inline bool is_packed(const Linear& l) { return l.format >= INT8_ROWS; }
@@ -131,7 +131,7 @@ constexpr int PREFETCH_BYTES = 6144;  // ahead of what is read; reaching past th
 // y[t][row] of BLOCKS neighbouring blocks for VECTORS vectors from t on, of 16 bits where FINE, else
 // of 8. The weights are read once for all vectors, and the vectors once for all blocks.
 template <int FORMAT, int VECTORS, int BLOCKS, bool FINE>
-GPT_OUTLINED void packed_blocks(const Linear& l, int64_t block, const Integers& x, int64_t t,
+inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int64_t t,
                           float (*y)[BLOCKS * BLOCK]) {
   constexpr bool WIDE = FORMAT != INT4;
   constexpr int RESIDUE_OF_CODES = WIDE ? RESIDUE : 8;
@@ -203,10 +203,11 @@ GPT_OUTLINED void packed_blocks(const Linear& l, int64_t block, const Integers& 
 template <int VECTORS, int BLOCKS, bool FINE>
 inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int64_t t,
                           float (*y)[BLOCKS * BLOCK]) {
+  if constexpr (!FINE) return packed_blocks<INT8_ROWS, VECTORS, BLOCKS, FINE>(l, block, x, t, y);
   switch (l.format) {
-    case INT8_ROWS: return packed_blocks<INT8_ROWS, VECTORS, BLOCKS, FINE>(l, block, x, t, y);
-    case INT8_GROUPS: return packed_blocks<INT8_GROUPS, VECTORS, BLOCKS, FINE>(l, block, x, t, y);
-    default: return packed_blocks<INT4, VECTORS, BLOCKS, FINE>(l, block, x, t, y);
+    case INT8_ROWS: return packed_blocks<INT8_ROWS, VECTORS, BLOCKS, true>(l, block, x, t, y);
+    case INT8_GROUPS: return packed_blocks<INT8_GROUPS, VECTORS, BLOCKS, true>(l, block, x, t, y);
+    default: return packed_blocks<INT4, VECTORS, BLOCKS, true>(l, block, x, t, y);
   }
 }
 
@@ -398,11 +399,11 @@ inline int at_once(const Linear& l, int64_t vectors) {
   return is_packed(l) && vectors > 1 && vectors >= PAIR_TILE ? PAIR : 1;
 }
 
-// Outputs of BLOCKS neighbouring blocks for VECTORS vectors from t on, `take(block, t, y)` for each
-// block and vector: 16 of them with the bias, zeros behind the last row.
-template <int VECTORS, int BLOCKS, bool FINE, typename Take>
-inline void tile(const Linear& l, int64_t block, const Activation& a, int64_t t, Take&& take) {
-  float y[VECTORS][BLOCKS * BLOCK];
+// Outputs of BLOCKS neighbouring blocks for VECTORS vectors from t on, with the bias; zeros behind
+// the last row.
+template <int VECTORS, int BLOCKS, bool FINE>
+GPT_OUTLINED void tile(const Linear& l, int64_t block, const Activation& a, int64_t t,
+                       float (*y)[BLOCKS * BLOCK]) {
   if (is_packed(l)) {
     packed_blocks<VECTORS, BLOCKS, FINE>(l, block, a.of(l), t, y);
   } else if constexpr (BLOCKS == 1) {
@@ -427,15 +428,19 @@ inline void tile(const Linear& l, int64_t block, const Activation& a, int64_t t,
       for (int r = rows; r < BLOCK; r++) here[r] = 0;
       if (l.bias != nullptr)
         for (int r = 0; r < rows; r++) here[r] += l.bias[(block + b) * BLOCK + r];
-      take(block + b, t + v, here);
     }
 }
 
-// As above for the vectors from t to `end`.
+// As above for the vectors from t to `end`: `take(block, t, y)` for each block and vector.
 template <int VECTORS, int BLOCKS, bool FINE, typename Take>
 inline void tiles(const Linear& l, int64_t block, const Activation& a, int64_t t, int64_t end,
                   Take&& take) {
-  for (; end - t >= VECTORS; t += VECTORS) tile<VECTORS, BLOCKS, FINE>(l, block, a, t, take);
+  float y[VECTORS][BLOCKS * BLOCK];
+  for (; end - t >= VECTORS; t += VECTORS) {
+    tile<VECTORS, BLOCKS, FINE>(l, block, a, t, y);
+    for (int v = 0; v < VECTORS; v++)
+      for (int b = 0; b < BLOCKS; b++) take(block + b, t + v, y[v] + b * BLOCK);
+  }
   if constexpr (VECTORS > 1)
     if (t < end) tiles<VECTORS / 2, BLOCKS, FINE>(l, block, a, t, end, take);
 }
