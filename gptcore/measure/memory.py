@@ -26,7 +26,7 @@ def trim_heap() -> None:
 
 
 MADV_DONTNEED = 4
-DROP_EVERY = 0.1
+DROP_EVERY = 0.01
 """The share of a load or pass after which the weight files' pages are let go of."""
 UNWRITTEN = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) .* (?P<file>/.*)\n(?:[A-Z].*\n)*?Anonymous: +0 kB$", re.MULTILINE

@@ -171,6 +171,7 @@ def calibrate(
         NumericalError: NaN or infinity came out of a block, which is named.
     """
     import torch
+    from torch import nn
 
     with torch.no_grad():
         text = Residual(model, ids)
@@ -187,11 +188,12 @@ def calibrate(
             _visit(model, named_linears(block, name), sums, visit, _part(tell, 0.4, 0.8))
             del sums
             text.advance(layer, progress=_part(tell, 0.8, 1.0))
-        if head:
+        if head and isinstance(model.head, nn.Linear) and wanted("head"):
             tell = _part(progress, (steps - 1) / steps, 1.0)
-            layers = named_linears(model.head, "head")
-            sums = _watch(layers, wanted, statistics, partial(text.run_head, progress=tell))
-            _visit(model, layers, sums, visit, lambda share: None)
+            of_head = _Sums(statistics)
+            for x in text.before_head(progress=tell):
+                of_head.add(x.flatten(0, -2))
+            _visit(model, [("head", model.head)], {"head": of_head}, visit, lambda share: None)
     progress(1.0)
 
 
@@ -278,13 +280,10 @@ class Residual:
             self.batches[i] = x
             progress((i + 1) / len(self.batches))
 
-    def run_head(self, *, progress: Callable[[float], None]) -> None:
-        """Run the last norm and the head, a sequence at a time, as logits are large."""
-        import torch
-
+    def before_head(self, *, progress: Callable[[float], None]) -> Iterator[Tensor]:
+        """Yield what the head is given of each batch, (B, T, W)."""
         for i, x in enumerate(self.batches, start=1):
-            for row in torch.split(x, 1):
-                self._model.head(self._model.norm(row))
+            yield self._model.norm(x)
             progress(i / len(self.batches))
 
 

@@ -11,7 +11,7 @@ is worth on a text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +32,8 @@ ENOUGH_TOKENS = 8192
 """Tokens that are looked at: an influence is a mean over positions, and settles soon."""
 MEASURED_TOKENS = 1024
 """Tokens on which blocks are left out by turns."""
+HEAD_TOKENS = 128
+"""Tokens whose predictions are computed at once, as a vocabulary is large."""
 MORE_CANDIDATES = 6
 """Blocks that are tried beside as many as are to go."""
 
@@ -110,6 +112,14 @@ class DropLayers(Pass):
         """Return the exact bytes: each block has the same."""
         gone = spec.parameters - self.spec_after(spec).parameters
         return before - gone * BYTES[placement.precision]
+
+    def weights_peak_bytes(self, spec: ModelSpec, placement: Placement, before: int) -> int:
+        """Return the whole model, and the predictions that those of shorter ones are held against.
+
+        Error: what a few tokens' predictions take besides is left out.
+        """
+        held = MEASURED_TOKENS * spec.vocabulary * 4
+        return before + (held if self.needs_calibration and self.measured else 0)
 
     def apply(self, model: GPT, context: PassContext) -> GPT:
         """Leave out blocks; the model's spec says how many are left.
@@ -198,7 +208,8 @@ def least_missed(
     gone: set[int] = set()
     damages: dict[int, float] = {}
     with torch.no_grad(), wide_products(model):
-        whole = _predicted(model, Residual(model, ids).batches, ids, range(len(model.blocks)))
+        blocks = range(len(model.blocks))
+        whole = list(_predicted(model, Residual(model, ids).batches, ids, blocks))
         for turn in range(count):
             damages = {}
             text = Residual(model, ids)
@@ -216,22 +227,19 @@ def least_missed(
 
 def _predicted(
     model: GPT, batches: Sequence[Tensor], ids: Tensor, layers: Sequence[int]
-) -> list[Tensor]:
-    """Return ln p after every token when these blocks follow: (T, V) float32 a sequence."""
+) -> Iterator[Tensor]:
+    """Yield ln p after every token when these blocks follow, (n, V) float32 of n tokens each."""
     import torch
 
     where = model.enter(ids[:1].to(model.embedding.weight.device))[1]
-    found = []
     for x in batches:
         for layer in layers:
             x = model.blocks[layer](x, where, None, layer)
-        found += [
-            model.head(model.norm(row))[0].float().log_softmax(-1) for row in torch.split(x, 1)
-        ]
-    return found
+        for some in torch.split(model.norm(x).flatten(0, 1), HEAD_TOKENS):
+            yield model.head(some).float().log_softmax(-1)
 
 
-def _divergence(whole: Sequence[Tensor], now: Sequence[Tensor]) -> float:
+def _divergence(whole: Sequence[Tensor], now: Iterable[Tensor]) -> float:
     """Return the mean KL divergence over all tokens, in nats."""
     pairs = zip(whole, now, strict=True)
     sums = [float((one.exp() * (one - other)).sum()) for one, other in pairs]
