@@ -399,20 +399,8 @@ def card(judged: Judged) -> str:
         f"{judged.test_perplexity:.2f} a token.",
         "",
         *_likelihood(judged),
-        "How quality grows with data, the same shape on parts of the corpus:",
-        "",
-        "| share | training tokens | steps | passes | best validation, bits per byte |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for one in sorted(judged.learned, key=lambda one: one.share):
-        passes = one.steps * settings.batch * ORDER.context / one.train_tokens
-        lines.append(
-            f"| {_fraction(one.share)} | {one.train_tokens:,} | {one.steps:,} | {passes:.1f} | "
-            f"{one.validation_bits_per_byte:.3f} (step {one.best_step:,}) |"
-        )
-    lines += [
-        "",
-        "The curve of the whole, validation bits per byte:",
+        *_shares(judged),
+        "The curve, validation bits per byte:",
         "",
         "| step | bits per byte |",
     ]
@@ -434,6 +422,24 @@ def card(judged: Judged) -> str:
         text = " ".join(sample.text.split())
         lines += ["", f"{sample.seed}. {text}{'' if sample.ended else ' …'}"]
     return "\n".join(lines) + "\n"
+
+
+def _shares(judged: Judged) -> list[str]:
+    if len(judged.learned) == 1:
+        return []
+    lines = [
+        "How quality grows with data, the same shape on parts of the corpus:",
+        "",
+        "| share | training tokens | steps | passes | best validation, bits per byte |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for one in sorted(judged.learned, key=lambda one: one.share):
+        passes = one.steps * ORDER.settings.batch * ORDER.context / one.train_tokens
+        lines.append(
+            f"| {_fraction(one.share)} | {one.train_tokens:,} | {one.steps:,} | {passes:.1f} | "
+            f"{one.validation_bits_per_byte:.3f} (step {one.best_step:,}) |"
+        )
+    return [*lines, ""]
 
 
 def _likelihood(judged: Judged) -> list[str]:

@@ -79,7 +79,6 @@ def test_a_text_is_streamed_with_its_numbers_and_found_afterwards(server: Server
     assert written(page) == text
 
 
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="no model ships yet")
 def test_the_model_that_ships_writes_a_tale(server: Server, visit: Visit):
     page = open_playground(
         server, visit, model=SHIPPED.name, temperature=0.7, seed=5, max_new_tokens=80

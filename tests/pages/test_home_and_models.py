@@ -19,10 +19,6 @@ def home() -> AppTest:
     return page
 
 
-ships = pytest.mark.skipif(not SHIPPED.is_dir(), reason="no model ships yet")
-
-
-@ships
 @pytest.mark.usefixtures("data_folder")
 def test_without_any_other_model_the_one_that_ships_writes() -> None:
     with Lab.open(monitor=False) as lab:
@@ -40,7 +36,6 @@ def test_what_is_there_is_not_offered_again(lab: Lab) -> None:
     assert "Bring SmolLM2-135M (93 MB)" not in [one.label for one in home().button]
 
 
-@ships
 def test_the_card_of_the_model_that_ships_can_be_read(lab: Lab) -> None:
     card = lab.model_card(SHIPPED.name)
     assert card is not None

@@ -14,10 +14,7 @@ from gptcore.passes.registry import passes
 from gptcore.tokenizer import load_tokenizer
 from tests.passes.test_contract import placement_of
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not SHIPPED.is_dir(), reason="no model ships yet"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 KL_AT_MOST = {
     "cluster": 0.5,
     "draft": 1e-6,

@@ -23,7 +23,6 @@ from gptcore.train.order import Order, within
 from gptcore.train.settings import Training
 
 pytestmark = [pytest.mark.usefixtures("data_folder"), pytest.mark.usefixtures("one_thread")]
-ships = pytest.mark.skipif(not SHIPPED.is_dir(), reason="no model ships yet")
 SMALL = Order(
     tokenizer="bpe",
     vocabulary=400,
@@ -106,7 +105,6 @@ def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
     assert all(within(one, 1.0) for one in some)
 
 
-@ships
 def test_what_ships_is_listed_first_and_stays(data_folder: Path) -> None:
     lab = Lab.open()
     first = lab.models()[0]
@@ -119,7 +117,6 @@ def test_what_ships_is_listed_first_and_stays(data_folder: Path) -> None:
         lab.catalogue.add(SHIPPED, SHIPPED.name, lambda ratio: None)
 
 
-@ships
 def test_its_logits_are_those_of_transformers() -> None:
     ids = load_tokenizer(SHIPPED).encode("Once upon a time, a small fox found a door.")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
@@ -129,7 +126,6 @@ def test_its_logits_are_those_of_transformers() -> None:
         assert torch.allclose(ours(given), theirs(given).logits, atol=2e-4, rtol=1e-4)
 
 
-@ships
 @pytest.mark.slow
 def test_it_is_as_good_as_its_card_says() -> None:
     judged = tales.read_judged(SHIPPED)
@@ -144,7 +140,6 @@ def test_it_is_as_good_as_its_card_says() -> None:
     assert tokens > 5_000
 
 
-@ships
 def test_it_writes_words_and_sentences() -> None:
     checkpoint = weights.describe(SHIPPED)
     model = weights.build(checkpoint, Placement(precision="fp32", threads=1))
@@ -158,7 +153,6 @@ def test_it_writes_words_and_sentences() -> None:
     assert sum(word in known for word in words) > 0.9 * len(words)
 
 
-@ships
 def test_it_is_small_enough_to_ship() -> None:
     files = list(SHIPPED.iterdir())
     assert sum(file.stat().st_size for file in files) <= 26e6
