@@ -518,6 +518,11 @@ class Catalogue:
             shutil.rmtree(place, ignore_errors=True)
 
 
+def usual_model() -> str:
+    """Return the model where none is named: SmolLM2 if it is installed, else the one that ships."""
+    return SMOLLM2 if (models_dir() / SMOLLM2).is_dir() else SHIPPED.name
+
+
 def open_catalogue() -> Catalogue:
     """Return the user's catalogue, with the model that ships.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from gptcore.catalogue import Catalogue, as_path, open_catalogue
+from gptcore.catalogue import Catalogue, as_path, open_catalogue, usual_model
 from gptcore.device import require_device
 from gptcore.errors import (
     Cancelled,
@@ -117,7 +117,10 @@ def catalogue() -> Catalogue:
 
 def add_variant_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a variant, and whether to wait for its device."""
-    parser.add_argument("--model", default="smollm2-135m", help="a catalogue name or any path")
+    usual = usual_model()
+    parser.add_argument(
+        "--model", default=usual, help=f"a catalogue name or any path (default {usual})"
+    )
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="default: fp32, or as a finished variant was made"
     )
