@@ -161,7 +161,7 @@ struct Bench {
     activation.stride = stride;
     activation.by32 = integers(room, vectors, stride, 32);
     activation.by64 = integers(room, vectors, stride, 64);
-    activation.coarse = integers(room, vectors, stride, 32, false);
+    activation.coarse = integers(room, vectors, stride + 63, 32, false);  // for groups of 64 too
   }
 
   float* vector;
