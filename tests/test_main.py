@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from gptcore.__main__ import MAX_ARGUMENTS, STOPPED, UNREAD, _drawable, main
-from gptcore.catalogue import ModelEntry
+from gptcore.catalogue import SHIPPED, ModelEntry
 from gptcore.device import devices
 from gptcore.host.lock import device_lock
 from gptcore.records import MAX_PROMPT_CHARS, MAX_SEED, RunState
@@ -500,8 +500,9 @@ def test_devices_are_listed_absent_ones_with_their_reason(cli: Cli) -> None:
 
 def test_models_are_listed_one_a_line(cli: Cli) -> None:
     lines = cli("models", "list").out.splitlines()
-    assert [line.split()[0] for line in lines] == list(PRESETS)
-    assert "174,604,259,328" in lines[list(PRESETS).index("gpt3-175b")]
+    names = [SHIPPED.name, *PRESETS]
+    assert [line.split()[0] for line in lines] == names
+    assert "174,604,259,328" in lines[names.index("gpt3-175b")]
     assert "models pull smollm2-135m" in lines[-1]
 
 
@@ -571,7 +572,7 @@ REFUSALS = {
     "unknown pass": (("--recipe", '[{"pass": "p"}]'), r"There is no pass 'p'; there are: .*"),
     "unknown parameter": (
         ("--recipe", '[{"pass": "int8", "bits": 3}]'),
-        r"Pass 'int8' has no parameter 'bits'; it has: method, head, embedding\.",
+        r"Pass 'int8' has no parameter 'bits'; it has: method, head, embedding, activation_bits\.",
     ),
     "two quantizers": (
         ("--precision", "int8", "--recipe", '[{"pass": "int4"}]'),
@@ -622,9 +623,10 @@ def test_a_model_with_a_problem_is_listed_with_it_in_one_line(cli: Cli, data_fol
     (data_folder / "models" / "broken").mkdir(parents=True)
     (data_folder / "models" / "broken" / "config.json").write_text("{")
     lines = cli("models", "list").out.splitlines()
-    assert len(lines) == 1 + len(PRESETS)
-    assert lines[0].startswith("broken")
-    (entry, *_) = cli("models", "list", "--json").json["models"]
+    assert len(lines) == 2 + len(PRESETS)
+    assert sum(line.startswith("broken") for line in lines) == 1
+    entries = cli("models", "list", "--json").json["models"]
+    (entry,) = (one for one in entries if one["problem"])
     assert entry["name"] == "broken"
     assert entry["problem"]
     assert entry["parameters"] is None

@@ -21,7 +21,6 @@ from gptcore.errors import ContextOverflow
 from gptcore.kernels import build
 from gptcore.kernels.linear import NativeLinear
 from gptcore.kernels.step import NativeStep, Unsupported, adopt
-from gptcore.linears.grid import Grid
 from gptcore.model import GPT
 from tests.conftest import ROOT
 from tests.kernels.shapes import (
@@ -252,7 +251,7 @@ def test_a_step_does_not_keep_its_model_alive() -> None:
     import gc
     import weakref
 
-    model = native(random_model(SPECS["llama"]), torch.bfloat16)
+    model = native(random_model(SPECS["llama"]), "bf16")
     model.step = NativeStep(model)
     alive = weakref.ref(model)
     del model
@@ -346,7 +345,7 @@ def test_the_sanitizers_find_nothing_in_these_tests() -> None:
 
 
 def test_a_copy_of_a_native_model_computes_the_same() -> None:
-    model = native(random_model(SPECS["qwen2"]), Grid(8, symmetric=True, dtype=torch.float32))
+    model = native(random_model(SPECS["qwen2"]), "int8, rows")
     again = copy.deepcopy(model)
     layer, other = model.head, again.head
     assert isinstance(layer, NativeLinear)

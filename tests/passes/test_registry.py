@@ -90,7 +90,8 @@ def test_predicted_bytes_are_positive_and_the_peak_is_no_less(kind: type[Pass], 
         ),
         (
             {"pass": "int8", "group": 32},
-            "Pass 'int8' has no parameter 'group'; it has: method, head, embedding.",
+            "Pass 'int8' has no parameter 'group'; it has: method, head, embedding, "
+            "activation_bits.",
         ),
         (
             {"pass": "int4", "group": 48},
