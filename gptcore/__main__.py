@@ -13,7 +13,6 @@ if __name__ == "__main__":  # Ctrl-C while all this is being imported ends witho
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import json
@@ -182,9 +181,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     request = _request(options) if is_first() else None
     with (
         started(1 if several() else options.processes, options.words),
-        contextlib.ExitStack() as on,
+        joined(options.device) as (processes, options.device),
     ):
-        processes, options.device = on.enter_context(joined(options.device))
         if processes.count > 1 and not options.threads:
             options.threads = max(1, Placement().resolved_threads // processes.count)
         agreed = processes.agreed("" if request is None else request.model_dump_json())
