@@ -23,16 +23,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bench.decode import SMOLLM2
-from bench.results import keep
+from bench.results import conditions, keep
 from bench.sides import ROOT, Ours, pin
 from gptcore.measure.statistics import compare
-from gptcore.provenance import provenance
 from gptcore.records import Request
 
 if TYPE_CHECKING:
@@ -264,12 +262,9 @@ def main() -> None:
             )
         print(f"{precision}: done", flush=True)
     result: dict[str, Any] = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "threads": options.threads,
+        **conditions(options.threads, load_before),
         "new_tokens": options.new_tokens,
         "load_tokens": options.load_tokens,
-        "load_average": {"before": load_before, "after": os.getloadavg()},
-        "machine": asdict(provenance(threads=options.threads)),
         "ratio_of_eight": {name: one[8]["ratio"] for name, one in rows.items() if 8 in one},
         "rows": rows,
         "load": loads,

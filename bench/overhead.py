@@ -20,18 +20,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.decode import SMOLLM2
-from bench.results import keep
+from bench.results import conditions, keep
 from bench.sides import ROOT, pin
 from gptcore.catalogue import Catalogue
 from gptcore.lab import Lab
 from gptcore.measure.statistics import compare
 from gptcore.paths import models_dir
-from gptcore.provenance import provenance
 from gptcore.recipe import Variant
 from gptcore.records import Request, Run, RunKind, RunState, new_id, now
 
@@ -122,12 +119,9 @@ def main() -> None:
         child.stdin.close()
     found = compare(seconds["without"], seconds["with"])
     result = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **conditions(options.threads, load_before),
         "precision": options.precision,
-        "threads": options.threads,
         "new_tokens": options.new_tokens,
-        "load_average": {"before": load_before, "after": os.getloadavg()},
-        "machine": asdict(provenance(threads=options.threads)),
         "seconds_per_token": seconds,
         "ratio": found.ratio,
         "low": found.low,

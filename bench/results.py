@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.sides import ROOT
+from gptcore.provenance import provenance
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "bench" / "README.md"
+
+
+def conditions(threads: int, load_before: tuple[float, float, float]) -> dict[str, Any]:
+    """Return when, where and beside how much other work something was measured."""
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": threads,
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "machine": asdict(provenance(threads=threads)),
+    }
 
 
 def keep(name: str, result: Mapping[str, Any], table: str) -> None:

@@ -16,15 +16,13 @@ import argparse
 import os
 import random
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from bench.decode import SMOLLM2
-from bench.results import keep
+from bench.results import conditions, keep
 from bench.sides import ROOT, pin
-from gptcore.provenance import provenance
 from gptcore.records import Message, Request
 
 PASSAGE_CHARS = 320
@@ -96,12 +94,9 @@ def main() -> None:
         rows[side]["outcomes"] = [asdict(one) for one in found]
         print(f"{side}: done", flush=True)
     result = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "threads": options.threads,
+        **conditions(options.threads, load_before),
         "new_tokens": options.new_tokens,
         "temperature": options.temperature,
-        "load_average": {"before": load_before, "after": os.getloadavg()},
-        "machine": asdict(provenance(threads=options.threads)),
         "rows": rows,
     }
     table = markdown(result)

@@ -1,11 +1,13 @@
 """One model over several processes, against the same model in one."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -65,6 +67,21 @@ def generate(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
+@contextlib.contextmanager
+def writing(model: str) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
+    """Begin a text in two processes, and give out the first and the other once it is written."""
+    command = [sys.executable, "-m", "gptcore", "generate", "--model", model, "--prompt", "Once"]
+    command += ["--max-new-tokens", "400", "--ignore-eos", "--processes", "2"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.read(10)
+        (other,) = psutil.Process(child.pid).children()
+        yield child, other
+    finally:
+        child.kill()
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_logits_of_one(tmp_path: Path) -> None:
     script, names = tmp_path / "compared.py", ("llama, odd sizes", "gpt2")
@@ -100,17 +117,9 @@ def test_the_command_writes_the_same_text_in_two_processes(tiny: str) -> None:
 
 @pytest.mark.slow
 def test_the_end_of_a_process_is_a_sentence(tiny: str) -> None:
-    command = [sys.executable, "-m", "gptcore", "generate", "--model", tiny, "--prompt", "Once"]
-    command += ["--max-new-tokens", "400", "--ignore-eos", "--processes", "2"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        assert child.stdout.read(10)  # it writes
-        (other,) = psutil.Process(child.pid).children()
+    with writing(tiny) as (child, other):
         other.kill()
         said = child.communicate(timeout=120)[1].decode()
-    finally:
-        child.kill()
     assert child.returncode == 2, said
     assert "Process 2 of 2 ended with status -9" in said
     assert "Traceback" not in said
@@ -126,17 +135,9 @@ def test_what_is_packed_is_not_split(tiny: str) -> None:
 
 @pytest.mark.slow
 def test_stop_ends_all_of_them(tiny: str) -> None:
-    command = [sys.executable, "-m", "gptcore", "generate", "--model", tiny, "--prompt", "Once"]
-    command += ["--max-new-tokens", "400", "--ignore-eos", "--processes", "2"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        assert child.stdout.read(10)
-        (other,) = psutil.Process(child.pid).children()
+    with writing(tiny) as (child, other):
         child.send_signal(signal.SIGINT)
         said = child.communicate(timeout=60)[1].decode()
-    finally:
-        child.kill()
     assert child.returncode == 130, said
     until = time.monotonic() + 20
     while other.is_running() and other.status() != psutil.STATUS_ZOMBIE:

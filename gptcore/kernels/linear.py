@@ -115,6 +115,7 @@ class Matrix:
 
     def described(self, bias: Tensor | None = None, activation_bits: int = FINE_BITS) -> CLinear:
         """Return what the library knows of this matrix; it points here, and to the bias."""
+        assert activation_bits in (8, FINE_BITS), activation_bits
         assert activation_bits == FINE_BITS or self.format is Format.INT8_ROWS, self.format
         return CLinear(
             weights=self.packed.data_ptr(),
