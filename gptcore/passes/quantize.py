@@ -203,8 +203,8 @@ class Int8(Quantizer):
     activation_bits: Literal[16, 8] = Field(
         16,
         title="Bits of activations",
-        description="Of our own library on a CPU: 16 are as good as exact, 8 read prompts faster. The "
-        "output head has 16 either way; torch's operation has 8.",
+        description="Of our own library on a CPU: 16 are as good as exact, 8 read prompts faster. "
+        "The output head has 16 either way; torch's operation has 8.",
     )
     embedding: bool = Field(
         True,
