@@ -54,8 +54,12 @@ ORDER = Order(
     ),
 )
 SAMPLE_TOKENS = 160
-COOLER = (0.5, 0.7, 0.85)
-"""Temperatures below 1 at which the teacher reads as many samples, which no card shows."""
+TAMED: dict[str, dict[str, float]] = {
+    "temperature 0.5": {"temperature": 0.5},
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 1 and min-p 0.1": {"temperature": 1.0, "min_p": 0.1},
+}
+"""Other ways to draw, of which the teacher reads as many samples; no card shows these."""
 HELD_OUT = 60
 """Texts of the test part that the teacher reads for comparison."""
 JUDGED = "judged.json"
@@ -127,8 +131,8 @@ class Judged:
     """The teacher's mean log-likelihood of a token of the samples, in nats."""
     held_out_logprob: float | None
     """Likewise of texts of the test part."""
-    cooler: tuple[tuple[float, float], ...] = ()
-    """(temperature, the teacher's mean log-likelihood of a token of samples drawn at it)."""
+    tamed: tuple[tuple[str, float], ...] = ()
+    """(one of ``TAMED``, the teacher's mean log-likelihood of a token of samples drawn so)."""
 
 
 def order(corpus: str, share: float, tokenizer: str, train_tokens: int) -> Order:
@@ -239,12 +243,12 @@ def judge(
     entry = {one.name: one for one in catalogue.entries()}.get(teacher)
     reading = entry is not None and entry.kind == "installed" and not entry.problem
     of_samples = of_held_out = None
-    cooler: list[tuple[float, float]] = []
+    tamed: list[tuple[str, float]] = []
     if reading:
         reader = _built(catalogue.checkpoint(teacher))
-        for temperature in COOLER:
-            drawn = (one.text for one in samples(built, tokenizer, temperature))
-            cooler.append((temperature, mean_logprob(*reader, drawn, breathe)))
+        for name, sampling in TAMED.items():
+            drawn = (one.text for one in samples(built, tokenizer, **sampling))
+            tamed.append((name, mean_logprob(*reader, drawn, breathe)))
         of_samples = mean_logprob(*reader, (one.text for one in written), breathe)
         of_held_out = mean_logprob(*reader, held_out[:HELD_OUT], breathe)
     return Judged(
@@ -259,7 +263,7 @@ def judge(
         teacher=teacher if reading else None,
         samples_logprob=of_samples,
         held_out_logprob=of_held_out,
-        cooler=tuple(cooler),
+        tamed=tuple(tamed),
     )
 
 
@@ -289,14 +293,20 @@ def cost_of_stream(model: GPT, tokenizer: Tokenizer, held_out: Iterable[str]) ->
     return nats, tokens
 
 
-def samples(model: GPT, tokenizer: Tokenizer, temperature: float = 1.0) -> Iterator[Sample]:
+def samples(
+    model: GPT, tokenizer: Tokenizer, *, temperature: float = 1.0, min_p: float = 0.0
+) -> Iterator[Sample]:
     """Yield a text for each opening, as the program's engine writes it."""
     from gptcore.engine import Engine
 
     engine = Engine(model, tokenizer)
     for seed, opening in enumerate(OPENINGS, start=1):
         request = Request(
-            prompt=opening, temperature=temperature, max_new_tokens=SAMPLE_TOKENS, seed=seed
+            prompt=opening,
+            temperature=temperature,
+            min_p=min_p,
+            max_new_tokens=SAMPLE_TOKENS,
+            seed=seed,
         )
         generation = engine.start(request)
         text = opening + "".join(token.text for token in generation)
@@ -446,15 +456,13 @@ def _likelihood(judged: Judged) -> list[str]:
     if judged.samples_logprob is None or judged.held_out_logprob is None:
         return []
     ratio = judged.samples_logprob / judged.held_out_logprob
+    tamed = ", ".join(
+        f"{name} {nats:.2f} (× {nats / judged.held_out_logprob:.2f})" for name, nats in judged.tamed
+    )
     return [
         f"{judged.teacher} gives a token of the samples below {judged.samples_logprob:.2f} nats "
         f"on average, and a token of held-out texts {judged.held_out_logprob:.2f} "
-        f"(× {ratio:.2f}). "
-        + "".join(
-            f"At temperature {temperature:g} it is {nats:.2f} (× "
-            f"{nats / judged.held_out_logprob:.2f}). "
-            for temperature, nats in judged.cooler
-        ).rstrip(),
+        f"(× {ratio:.2f})." + (f" Drawn otherwise: {tamed}." if tamed else ""),
         "",
     ]
 

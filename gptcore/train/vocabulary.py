@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
 from gptcore.errors import InvalidInput
+from gptcore.tokenizer import load_tokenizer
 
 END = "<|endoftext|>"
 MOST_CHARACTERS = 20_000
@@ -82,5 +82,5 @@ def save_tokenizer(made: FastTokenizer, folder: Path) -> None:
 
 
 def tokenizer_id(folder: Path) -> str:
-    """Return ``sha256:…`` of a folder's tokenizer.json."""
-    return f"sha256:{hashlib.sha256((folder / FILES[0]).read_bytes()).hexdigest()}"
+    """Return ``sha256:…`` of a folder's tokenizer, the same however its file is written."""
+    return load_tokenizer(folder).identity

@@ -194,7 +194,7 @@ def finished(name: str, one: Pass) -> str:
 
 
 def test_a_variant_that_lost_a_layer_is_healed(teacher: str, tmp_path: Path) -> None:
-    name = finished("hurt", DropLayers(layers=1))
+    name = finished("hurt", DropLayers(layers=1, compensated=False))
     settings = changed(QUICK, steps=60, warmup=5, validate_every=20)
     before, _ = student(tmp_path / "before", changed(settings, steps=6), start=name)
     after, outcome = student(tmp_path / "healed", settings, start=name)

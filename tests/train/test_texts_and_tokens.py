@@ -1,5 +1,6 @@
 """From a text to the sequences of a step: nothing is lost, everything has its turn."""
 
+import json
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from gptcore.train.tokens import (
     validation_starts,
     windows,
 )
-from gptcore.train.vocabulary import by_character, byte_pairs, save_tokenizer
+from gptcore.train.vocabulary import by_character, byte_pairs, save_tokenizer, tokenizer_id
 
 BYTES = byte_tokenizer(256)
 
@@ -213,3 +214,15 @@ def test_what_was_made_is_loaded_with_its_end_of_text(tmp_path: Path) -> None:
         counted = Counter(tokenizer.encode("some text\n"))
         assert not counted.keys() & tokenizer.eos_ids
         assert tokenizer.decode(tokenizer.encode("some text\n")) == "some text\n"
+
+
+def test_a_tokenizer_is_known_again_however_its_file_is_written(tmp_path: Path) -> None:
+    made = by_character(["a tale"])
+    one, other, another = (tmp_path / name for name in ("one", "other", "another"))
+    for folder in (one, other):
+        save_tokenizer(made, folder)
+    save_tokenizer(by_character(["another"]), another)
+    file = other / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=7))
+    assert file.read_bytes() != (one / "tokenizer.json").read_bytes()
+    assert tokenizer_id(one) == tokenizer_id(other) != tokenizer_id(another)
