@@ -42,7 +42,6 @@ from gptcore.measure.corpora import evaluation_text
 from gptcore.measure.memory import trim_heap, weight_bytes
 from gptcore.measure.perplexity import Passage, Windowing, model_logits, nll_of, passage
 from gptcore.model import GPT
-from gptcore.optimize.bits import SEQUENCE
 from gptcore.passes import awq, calibrate, cluster, gptq, low_rank, prune, shrink
 from gptcore.passes.base import Coverage, Pass, PassContext
 from gptcore.passes.calibrate import text_hash
@@ -50,9 +49,9 @@ from gptcore.passes.cluster import Cluster
 from gptcore.passes.drop_layers import DropLayers
 from gptcore.passes.kv_cache import KVCacheBits
 from gptcore.passes.low_rank import LowRank
+from gptcore.passes.mixed_bits import MixedBits
 from gptcore.passes.prune import Prune
 from gptcore.passes.quantize import Int3, Int4, Int8, Int8Weights
-from gptcore.passes.sensitivity import assign, scan
 from gptcore.passes.shrink import Shrink
 from gptcore.passes.smooth import Int8Static
 from gptcore.paths import models_dir
@@ -87,8 +86,6 @@ class Case:
     passes: tuple[Pass, ...] = ()
     precision: Precision = "fp32"
     targets: tuple[Target, ...] = ()
-    scanned: bool = False
-    """Whether the bits of mixed precision are found by a scan first; ``passes`` are then none."""
 
 
 @dataclass
@@ -244,10 +241,9 @@ CASES = (
     ),
     Case(
         "mixed bits, GPTQ",
-        (),
+        (MixedBits(effective_bits=UNIFORM_BITS, method="gptq"),),
         "bf16",
         (Target("kl", 1.0, "int4 g64 GPTQ"), Target("converted_ratio", UNIFORM_BITS / 32)),
-        scanned=True,
     ),
 )
 """All lines of the table; a target counts stored bytes of the whole, embedding included."""
@@ -384,16 +380,8 @@ class Bench:
             self._base_nll = costs
         return costs, kl / max(1, compared), compared
 
-    def mixed(self) -> tuple[Pass, ...]:
-        """Return mixed bits that take as much as uniform ones, by a scan of all layers."""
-        rows = self.calibration.reshape(-1, SEQUENCE)
-        damages = scan(self.built("fp32"), rows[: max(1, self.options.scan_tokens // SEQUENCE)])
-        chosen = assign(damages, self.spec, UNIFORM_BITS)
-        return (chosen.model_copy(update={"method": "gptq"}),)
-
     def line(self, case: Case) -> Line:
         """Apply a case's passes and measure what came of it."""
-        passes = self.mixed() if case.scanned else case.passes
         placement = Placement(precision=case.precision, threads=self.options.threads)
         context = PassContext(
             placement=placement,
@@ -403,7 +391,7 @@ class Bench:
         model = self.built(case.precision)
         began = time.process_time()
         with solvers() as stopwatch:
-            for one in passes:
+            for one in case.passes:
                 model = one.apply(model, context)
         seconds = time.process_time() - began
         costs, kl, compared = self.score(model)
@@ -416,16 +404,16 @@ class Bench:
             spec=self.spec,
             weights_id=self.checkpoint.weights_id,
             placement=placement,
-            recipe=Recipe(passes=passes),
+            recipe=Recipe(passes=case.passes),
         )
         return Line(
             name=case.name,
-            recipe=" → ".join(map(repr, passes)) or case.precision,
+            recipe=" → ".join(map(repr, case.passes)) or case.precision,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=provenance().git_commit,
             tokens=len(self.passage.ids),
             calibration_tokens=self.calibration.numel()
-            if any(one.needs_calibration for one in passes)
+            if any(one.needs_calibration for one in case.passes)
             else 0,
             base_perplexity=self.base_perplexity,
             perplexity_ratio=math.exp(mean),
@@ -443,7 +431,7 @@ class Bench:
             load=os.getloadavg()[0],
             windows=len(self.passage.windows) if self.scope else 0,
             calibration_hash=text_hash(self.calibration)
-            if any(one.needs_calibration for one in passes)
+            if any(one.needs_calibration for one in case.passes)
             else "",
         )
 
@@ -546,7 +534,6 @@ def main() -> None:
     parser.add_argument("--kl-tokens", type=int, default=4096)
     parser.add_argument("--calibration", type=Path, help="another file (default: the text's end)")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--scan-tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="words that a line's name has")

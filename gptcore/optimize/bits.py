@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gptcore.errors import InvalidInput
 from gptcore.measure.calibration import named_text, rows
-from gptcore.passes.mixed_bits import MixedBits
+from gptcore.passes.mixed_bits import SEQUENCE, MixedBits
 from gptcore.passes.sensitivity import Damage, assign, scan
 from gptcore.recipe import Calibration, Variant
 from gptcore.spec import ModelSpec
@@ -25,9 +24,6 @@ from gptcore.work import Desk
 
 if TYPE_CHECKING:
     from gptcore.work import Loaded
-
-SEQUENCE = 128
-"""Tokens of a sequence of the scan's text: many short ones tell more than a few long ones."""
 
 
 class BitScan(BaseModel):
@@ -80,13 +76,7 @@ class BitScan(BaseModel):
             desk.check()
             desk.phase("scanning the layers", share)
 
-        found = scan(model, ids, group=self.group, progress=progress)
-        if not found:
-            raise InvalidInput(
-                "There is no layer whose bits could be chosen: earlier passes took all of them. "
-                "Begin with a recipe that leaves weights in floating point."
-            )
-        return found
+        return scan(model, ids, group=self.group, progress=progress)
 
     def deal(
         self, damages: Sequence[Damage], spec: ModelSpec, weights: Mapping[str, float]

@@ -227,6 +227,7 @@ class Residual:
     """The hidden states of a text in front of one block, moved on block by block.
 
     Attributes:
+        model: whose blocks it goes through.
         batches: each (B, T, W), in the model's dtype and on its device.
         where: positions and mask, the same for all.
     """
@@ -249,7 +250,7 @@ class Residual:
                 f"The calibration text has token id {low if low < 0 else high}, which is not in "
                 f"the vocabulary of {model.spec.vocabulary:,}: use this model's own tokenizer."
             )
-        self._model = model
+        self.model = model
         at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
         ids = ids.to(model.embedding.weight.device)
         self.batches = [model.enter(batch)[0] for batch in torch.split(ids, at_once)]
@@ -258,7 +259,7 @@ class Residual:
     def outputs(self, layer: int) -> Iterator[Tensor]:
         """Yield what a block makes of each batch, (B, T, W)."""
         for x in self.batches:
-            yield self._model.blocks[layer](x, self.where, None, layer)
+            yield self.model.blocks[layer](x, self.where, None, layer)
 
     def run(self, layer: int, *, progress: Callable[[float], None]) -> None:
         """Run a block on all batches and forget what comes out."""
@@ -283,7 +284,7 @@ class Residual:
     def before_head(self, *, progress: Callable[[float], None]) -> Iterator[Tensor]:
         """Yield what the head is given of each batch, (B, T, W)."""
         for i, x in enumerate(self.batches, start=1):
-            yield self._model.norm(x)
+            yield self.model.norm(x)
             progress(i / len(self.batches))
 
 

@@ -6,14 +6,19 @@ points where its input did was nearly skipped anyway. We differ by default: amon
 little influence they go one at a time, each the one without which the predictions on the text
 change least. Or a person names the blocks, as the ranking of ``explain.worth`` has them: what each
 is worth on a text.
+
+The MLP in front of a gap then makes up for it: what it adds to the residual stream is multiplied by
+the matrix that comes nearest to what the blocks behind it added, and the product with its last
+layer takes that layer's place (ReplaceMe, Shopkhoev et al. 2025, arXiv:2505.02819). So no weight is
+added.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import Field, field_validator
 
@@ -24,9 +29,9 @@ from gptcore.passes.calibrate import Residual, text_for
 from gptcore.spec import BYTES, ModelSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from gptcore.model import GPT
+    from gptcore.model import GPT, Block
 
 ENOUGH_TOKENS = 8192
 """Tokens that are looked at: an influence is a mean over positions, and settles soon."""
@@ -36,6 +41,8 @@ HEAD_TOKENS = 128
 """Tokens whose predictions are computed at once, as a vocabulary is large."""
 MORE_CANDIDATES = 6
 """Blocks that are tried beside as many as are to go."""
+DAMPING = 1e-3
+"""Share of the mean curvature that holds the matrix of a gap to the identity."""
 
 
 class DropLayers(Pass):
@@ -69,6 +76,13 @@ class DropLayers(Pass):
         description="These blocks instead, counted from 0, as a ranking of Explain has them.",
     )
 
+    compensated: bool = Field(
+        True,
+        title="Compensated",
+        description="The MLP in front of a gap makes up for what is gone, as far as a linear map "
+        "of its output can.",
+    )
+
     @field_validator("chosen", mode="before")
     @classmethod
     def _from_text(cls, chosen: Any) -> Any:
@@ -88,8 +102,8 @@ class DropLayers(Pass):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether there is anything to choose."""
-        return self.layers > 0 and not self.chosen
+        """Whether there is anything to choose, or to make up for."""
+        return self.count > 0 and (self.compensated or not self.chosen)
 
     def blocked_by(self, spec: ModelSpec, placement: Placement) -> str | None:
         """Return why this cannot run: a block at least must stay, and those chosen be there."""
@@ -116,10 +130,10 @@ class DropLayers(Pass):
     def weights_peak_bytes(self, spec: ModelSpec, placement: Placement, before: int) -> int:
         """Return the whole model, and the predictions that those of shorter ones are held against.
 
-        Error: what a few tokens' predictions take besides is left out.
+        Error: what a few tokens' predictions take besides, and hidden states, are left out.
         """
         held = MEASURED_TOKENS * spec.vocabulary * 4
-        return before + (held if self.needs_calibration and self.measured else 0)
+        return before + (held if self.measured and self.layers and not self.chosen else 0)
 
     def apply(self, model: GPT, context: PassContext) -> GPT:
         """Leave out blocks; the model's spec says how many are left.
@@ -135,7 +149,14 @@ class DropLayers(Pass):
             raise InvalidInput(f"{self.title} cannot run here: {blocked}")
         gone, reasons = set(self.chosen), ["it was not chosen"] * spec.layers
         if self.needs_calibration:
-            gone, reasons = self._found(model, text_for(self, context), context)
+            ids = text_for(self, context)
+            few = ids[: max(1, ENOUGH_TOKENS // ids.shape[1])]
+            made_up = 0.2 if self.compensated else 0.0
+            if not self.chosen:
+                tell = partial(_told, context.progress, 0.0, 1.0 - made_up)
+                gone, reasons = self._found(model, few, tell)
+            if self.compensated:
+                make_up(model, few, gone, partial(_told, context.progress, 1.0 - made_up, 1.0))
         block = sum(one.rows * one.columns for one in spec.linears[:-1])
         context.coverage[self.name] = Coverage(
             block * len(gone),
@@ -151,12 +172,13 @@ class DropLayers(Pass):
         context.progress(1.0)
         return model
 
-    def _found(self, model: GPT, ids: Tensor, context: PassContext) -> tuple[set[int], list[str]]:
+    def _found(
+        self, model: GPT, ids: Tensor, progress: Callable[[float], None]
+    ) -> tuple[set[int], list[str]]:
         """Return the blocks that go, and for every block what is said of it if it stays."""
         share = 0.3 if self.measured else 1.0
-        few = ids[: max(1, ENOUGH_TOKENS // ids.shape[1])]
-        tell = partial(_told, context.progress, 0.0, share)
-        found = influences(model, Residual(model, few), tell)
+        tell = partial(_told, progress, 0.0, share)
+        found = influences(model, Residual(model, ids), tell)
         ranked = sorted(range(len(found)), key=found.__getitem__)
         if not self.measured:
             gone = set(ranked[: self.layers])
@@ -165,7 +187,7 @@ class DropLayers(Pass):
             return gone, [above.format(one, least) for one in found]
         candidates = ranked[: self.layers + MORE_CANDIDATES]
         few = ids[: max(1, MEASURED_TOKENS // ids.shape[1])]
-        tell = partial(_told, context.progress, share, 1.0)
+        tell = partial(_told, progress, share, 1.0)
         gone, damages = least_missed(model, few, candidates, self.layers, tell)
         most = max(found[i] for i in candidates)
         return gone, [
@@ -223,6 +245,107 @@ def least_missed(
                 text.advance(layer, progress=lambda share: None)
             gone.add(min(damages, key=damages.__getitem__))
     return gone, damages
+
+
+def make_up(
+    model: GPT,
+    ids: Tensor,
+    gone: Collection[int],
+    progress: Callable[[float], None] = lambda share: None,
+) -> None:
+    """Let the MLP in front of every gap put out what comes nearest to what the gap's blocks did.
+
+    With m what the MLP adds at a position behind shorter beginnings, a what stands beside it, and y
+    what comes out of the gap's last block in the whole model, the matrix T minimises the mean of
+    |m·T + a − y|², held to the identity a little. The blocks of a gap in front of all others are
+    not made up for, nor is one behind an MLP whose last layer is packed.
+
+    Args:
+        model: with all its blocks; the last layers of some MLPs are replaced.
+        ids: (N, T) int64.
+        gone: the blocks that will be left out.
+        progress: told the share done.
+
+    Raises:
+        NumericalError: NaN or infinity comes out of a block.
+    """
+    import torch
+    from torch import nn
+
+    from gptcore.linears.wide import wide_products
+
+    def quiet(share: float) -> None:
+        pass
+
+    with torch.no_grad(), wide_products(model):
+        whole, short = Residual(model, ids), Residual(model, ids)
+        for layer, block in enumerate(cast("Iterable[Block]", model.blocks)):
+            progress(layer / len(model.blocks))
+            whole.advance(layer, progress=quiet)
+            if layer in gone:
+                continue
+            down = block.mlp.down
+            if layer + 1 in gone and isinstance(down, nn.Linear):
+                wanted = _behind_gap(whole, layer, gone)
+                block.mlp.down = _turned(down, _nearest(model, short, layer, wanted))
+            short.advance(layer, progress=quiet)
+    progress(1.0)
+
+
+def _behind_gap(whole: Residual, layer: int, gone: Collection[int]) -> Iterator[Tensor]:
+    """Yield what the whole model has behind the blocks that go after a layer, batch by batch."""
+    gap = layer + 1
+    while gap in gone:
+        gap += 1
+    for x in whole.batches:
+        for one in range(layer + 1, gap):
+            x = whole.model.blocks[one](x, whole.where, None, one)
+        yield x
+
+
+def _nearest(model: GPT, short: Residual, layer: int, wanted: Iterable[Tensor]) -> Tensor:
+    """Return the matrix, (W, W) float64, by which a layer's MLP comes nearest to what is wanted."""
+    import torch
+
+    written: list[Tensor] = []
+    block = cast("Block", model.blocks[layer])
+    hook = block.mlp.register_forward_hook(lambda module, given, out: written.append(out))
+    width = model.spec.width
+    squares = torch.zeros(width, width, dtype=torch.float64, device=model.embedding.weight.device)
+    products = torch.zeros_like(squares)
+    try:
+        for y, target in zip(short.outputs(layer), wanted, strict=True):
+            m = written.pop().flatten(0, -2).double()
+            missing = target.flatten(0, -2).double() - y.flatten(0, -2).double()
+            squares.addmm_(m.T, m)
+            products.addmm_(m.T, m + missing)
+    finally:
+        hook.remove()
+    held = torch.eye(width, dtype=squares.dtype, device=squares.device)
+    held *= DAMPING * squares.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    nearest: Tensor = torch.linalg.solve(squares + held, products + held)
+    return nearest
+
+
+def _turned(linear: nn.Linear, matrix: Tensor) -> nn.Linear:
+    """Return a layer whose outputs are those of ``linear`` times a matrix."""
+    from torch import nn
+
+    weight = linear.weight
+    made = nn.Linear(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        device="meta",
+    )
+
+    def parameter(one: Tensor) -> nn.Parameter:
+        return nn.Parameter(one.to(weight.dtype).contiguous(), requires_grad=False)
+
+    made.weight = parameter(matrix.T @ weight.double())
+    if linear.bias is not None:
+        made.bias = parameter(linear.bias.double() @ matrix)
+    return made
 
 
 def _predicted(

@@ -76,7 +76,7 @@ def scan(
         progress: told the share done; raises Cancelled where the user stopped the work.
 
     Raises:
-        InvalidInput: the text does not suit the model.
+        InvalidInput: the text does not suit the model, or nothing in it can be rounded.
         NumericalError: the model produces NaN or infinity.
     """
     import torch
@@ -90,6 +90,11 @@ def scan(
             for key, found in _products(model, chunk, bits, group, drawn, tell):
                 products.setdefault(key, []).append(found)
     progress(1.0)
+    if not products:
+        raise InvalidInput(
+            "There is no layer whose bits could be chosen: earlier passes took all of them. Begin "
+            "with a recipe that leaves weights in floating point."
+        )
     means = {
         key: float(torch.cat(found).double().square().mean()) for key, found in products.items()
     }

@@ -65,7 +65,8 @@ def widget(
                 **shared,
             )
     else:
-        st.text_input(label, key=bound(key, str(value), typed=True), **shared)
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        st.text_input(label, key=bound(key, text, typed=True), **shared)
 
 
 def step_of(value: float) -> float:

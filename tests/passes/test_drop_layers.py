@@ -10,8 +10,9 @@ from torch import nn
 from gptcore.device import Placement
 from gptcore.errors import InvalidInput
 from gptcore.measure.memory import weight_bytes
+from gptcore.model import GPT
 from gptcore.passes.calibrate import Residual
-from gptcore.passes.drop_layers import DropLayers, influences, least_missed
+from gptcore.passes.drop_layers import DropLayers, influences, least_missed, make_up
 from gptcore.spec import ModelSpec
 from tests.passes.small import LLAMA, SHAPES, UNTIED, applied, kl, logits, made, placed, text
 
@@ -34,7 +35,7 @@ def test_the_block_that_does_least_goes(spec: ModelSpec, weak: int) -> None:
     weaken(model, weak, 0.01)
     kept = [block for i, block in enumerate(model.blocks) if i != weak]
     before = logits(model, ids[:4])
-    model, _ = applied(DropLayers(layers=1), model, ids)
+    model, _ = applied(DropLayers(layers=1, compensated=False), model, ids)
     assert list(model.blocks) == kept
     assert model.spec == spec.model_copy(update={"layers": 2})
     assert (logits(model, ids[:4]) - before).norm() < 0.1 * before.norm()
@@ -44,8 +45,12 @@ def test_a_block_that_does_nothing_can_go_without_a_trace() -> None:
     model, ids = made(LLAMA), text(LLAMA)
     weaken(model, 1, 0.0)
     before = logits(model, ids[:4])
-    model, _ = applied(DropLayers(layers=1), model, ids)
+    model, _ = applied(DropLayers(layers=1, compensated=False), model, ids)
     assert logits(model, ids[:4]).equal(before)
+    again = made(LLAMA)
+    weaken(again, 1, 0.0)
+    made_up, _ = applied(DropLayers(layers=1), again, ids)
+    assert torch.allclose(logits(made_up, ids[:4]), before, atol=1e-4)
 
 
 @every_shape
@@ -76,6 +81,64 @@ def test_by_influence_alone_those_of_least_influence_go(spec: ModelSpec) -> None
     model, coverage = applied(DropLayers(layers=2, measured=False), model, ids)
     assert list(model.blocks) == kept
     assert [name for name, _ in coverage.skipped] == [f"blocks.{order[2]}"]
+
+
+def recorded(model: GPT, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a block's MLP writes, and what comes out of the block: (tokens, W) float64."""
+    seen: list[torch.Tensor] = []
+    block = model.blocks[layer]
+    hooks = [
+        one.register_forward_hook(lambda _, given, out: seen.append(out.flatten(0, 1).double()))
+        for one in (block.mlp, block)
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return seen[0], seen[1]
+
+
+@every_shape
+@pytest.mark.parametrize("gone", [{1}, {1, 2}, {2}, {1, 3}])
+def test_the_mlp_in_front_of_a_gap_makes_up_for_it_as_least_squares_would(
+    spec: ModelSpec, gone: set[int]
+) -> None:
+    spec = spec.model_copy(update={"layers": 5})
+    ids, exact = text(spec, sequences=12), made(spec)
+    model = made(spec)
+    before = [block.mlp.down for block in model.blocks]
+    make_up(model, ids, gone)
+    changed = {i for i, block in enumerate(model.blocks) if block.mlp.down is not before[i]}
+    assert changed == {i for i in range(5) if i + 1 in gone and i not in gone}
+    front = min(gone) - 1
+    last = next(i for i in range(front + 1, 5) if i + 1 not in gone)
+    m, y = recorded(exact, ids, front)
+    _, wanted = recorded(exact, ids, last)
+    best = torch.linalg.lstsq(m, m + wanted - y).solution
+    model.blocks = nn.ModuleList(b for i, b in enumerate(model.blocks) if i not in gone)
+    written, out = recorded(model, ids, front)
+    left, least = (out - wanted).square().sum(), (m @ best + y - m - wanted).square().sum()
+    assert least * 0.999 <= left <= least * 1.02 < (y - wanted).square().sum()
+    assert torch.allclose(written, m @ best, atol=0.05 * float(m.std()))
+
+
+@every_shape
+def test_a_shorter_model_is_nearer_where_it_was_made_up_for(spec: ModelSpec) -> None:
+    ids, whole = text(spec), made(spec)
+    plain, _ = applied(DropLayers(layers=1, chosen=(1,), compensated=False), made(spec), ids)
+    better, coverage = applied(DropLayers(layers=1, chosen=(1,)), made(spec), ids)
+    assert kl(whole, better, ids) < kl(whole, plain, ids)
+    assert weight_bytes(better) == weight_bytes(plain)
+    assert coverage.stored_bytes == 0
+
+
+@every_shape
+def test_nothing_in_front_of_the_first_block_makes_up_for_it(spec: ModelSpec) -> None:
+    one, ids = DropLayers(chosen=(0,)), text(spec)
+    model = made(spec)
+    kept = list(model.blocks)[1:]
+    downs = [block.mlp.down for block in kept]
+    model, _ = applied(one, model, ids)
+    assert [block.mlp.down for block in model.blocks] == downs
 
 
 def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_out() -> None:
@@ -146,7 +209,7 @@ def test_it_needs_a_text() -> None:
 def test_chosen_layers_go_without_a_text(spec: ModelSpec) -> None:
     model = made(spec)
     kept = model.blocks[1]
-    one = DropLayers(chosen=(2, 0))
+    one = DropLayers(chosen=(2, 0), compensated=False)
     assert not one.needs_calibration
     assert one.spec_after(spec).layers == 1
     model, coverage = applied(one, model, None)

@@ -15,7 +15,8 @@ from gptcore.device import Placement
 from gptcore.errors import Cancelled, InvalidInput
 from gptcore.linears.quantized import PackedLinear
 from gptcore.measure.memory import weight_bytes
-from gptcore.passes.mixed_bits import MixedBits
+from gptcore.model import GPT
+from gptcore.passes.mixed_bits import SEQUENCE, SEQUENCES, MixedBits, _short
 from gptcore.passes.quantize import Int4, layer_shapes
 from gptcore.passes.registry import pass_from_json
 from gptcore.passes.sensitivity import Damage, assign, scan
@@ -256,3 +257,62 @@ def test_what_was_assigned_is_better_than_uniform_bits_of_the_same_size() -> Non
     uniform, even = applied(Int4(), like())
     assert coverage.effective_bits <= even.effective_bits + 1e-9
     assert kl(model, mixed, ids) < 0.85 * kl(model, uniform, ids)
+
+
+def weak_second_block() -> GPT:
+    """Return a model whose second block matters less, in bf16: its way out is scaled down."""
+    model = made(LLAMA, "fp32", std=0.1)
+    for linear in (model.blocks[1].attention.out, model.blocks[1].mlp.down):
+        linear.weight = nn.Parameter(linear.weight * 0.02, requires_grad=False)
+    return model.bfloat16()
+
+
+def test_bits_that_the_pass_deals_out_are_those_of_a_scan() -> None:
+    one, ids = MixedBits(effective_bits=4.5), text(LLAMA, sequences=16, tokens=128)
+    model, coverage = applied(one, weak_second_block(), ids)
+    chosen = assign(scan(weak_second_block().float(), ids), LLAMA, 4.5)
+    written, _ = applied(chosen, weak_second_block(), ids)
+    assert chosen.layers
+    assert torch.equal(logits(model, ids[:2]), logits(written, ids[:2]))
+    assert coverage.effective_bits is not None
+    assert coverage.effective_bits <= 4.5 + 1e-9
+    uniform, _ = applied(Int4(), weak_second_block())
+    assert kl(weak_second_block(), model, ids) < 0.85 * kl(weak_second_block(), uniform, ids)
+
+
+def test_dealt_bits_keep_the_method_and_what_is_packed_beside() -> None:
+    one = MixedBits(effective_bits=5.0, group=32, method="awq", head=False)
+    dealt = one.dealt(made(LLAMA, "bf16"), text(LLAMA))
+    assert (dealt.method, dealt.head, dealt.group, dealt.effective_bits) == ("awq", False, 32, 0.0)
+    assert dealt.layers
+
+
+def test_a_long_text_is_scanned_in_short_sequences() -> None:
+    ids = torch.arange(40 * 300).view(40, 300)
+    short = _short(ids)
+    assert short.shape == (SEQUENCES, SEQUENCE)
+    assert short[1].equal(ids[0, SEQUENCE : 2 * SEQUENCE])
+    assert _short(ids[:, :64]).shape == (40, 64)
+    assert _short(ids[:3]).shape == (6, SEQUENCE)
+
+
+@pytest.mark.parametrize("bits", [3.5, 4.5, 6.0, 8.0, 9.0])
+def test_what_dealt_bits_will_take_is_about_known_before(bits: float) -> None:
+    one, model = MixedBits(effective_bits=bits), made(LLAMA, "bf16")
+    expected = one.weights_bytes_after(LLAMA, placed("bf16"), weight_bytes(model)[0])
+    model, _ = applied(one, model, text(LLAMA))
+    assert weight_bytes(model)[0] == pytest.approx(expected, rel=0.1)
+
+
+def test_bits_are_written_or_dealt_out_and_a_text_is_needed_for_the_latter() -> None:
+    assert MixedBits(effective_bits=4.5).needs_calibration
+    assert not MixedBits().needs_calibration
+    assert "effective_bits" not in MixedBits(layers="head:8").as_json()
+    with pytest.raises(InvalidInput, match="exclude each other: leave one of the two out"):
+        pass_from_json({"pass": "mixed_bits", "layers": "head:8", "effective_bits": 4.5})
+    with pytest.raises(InvalidInput, match="No layer has fewer than 3 bits: choose that or more"):
+        pass_from_json({"pass": "mixed_bits", "effective_bits": 2})
+    with pytest.raises(InvalidInput, match=r"^3\.2 bits a weight are fewer than"):
+        applied(MixedBits(effective_bits=3.2), made(LLAMA, "bf16"), text(LLAMA))
+    with pytest.raises(InvalidInput, match="choose a calibration text"):
+        applied(MixedBits(effective_bits=4.5), made(LLAMA, "bf16"))
