@@ -20,15 +20,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from gptcore.captured import captured_rows
 from gptcore.engine import (
-    WIDE_TOKENS,
     Engine,
     Generation,
     Going,
@@ -36,12 +36,11 @@ from gptcore.engine import (
     ToRead,
     answer,
     decode,
+    in_pieces,
     read_asked,
-    reader_of,
 )
 from gptcore.errors import Cancelled, DoesNotFit
 from gptcore.kernels.step import step_of
-from gptcore.linears.wide import wide_products
 from gptcore.model import GPT, KVCache
 from gptcore.records import Token
 
@@ -217,9 +216,10 @@ class Batch:
         model, clock = self._engine.model, self._engine.clock
         assert text.asked is not None
         if text.pieces is None and len(unread) == len(self._texts):
-            yield self._answered(text, partial(read_asked, model, text.asked))
+            read = partial(read_asked, model, text.asked, text.generation.cancelled)
+            yield self._answered(text, read)
             return
-        text.pieces = text.pieces or in_pieces(model, text.asked)
+        text.pieces = text.pieces or in_pieces(model, text.asked, PIECE_TOKENS)
         until = clock() + max(self._step_s, self.least_reading_s)
         try:
             logits = next(text.pieces)
@@ -264,44 +264,20 @@ def together(
 ) -> list[Callable[[], Tensor]]:
     """Read one token into each of B caches of one text, and return what gives the logits of each.
 
-    Our own library reads the weights once for many of them, at once. Torch reads one after the
-    other, when they are asked for: its sums of several at once are other sums than those of one,
-    and the texts would not be those that are written alone.
+    Our own library reads the weights once for many of them, at once, and so does a step that was
+    recorded on CUDA for 16-bit weights. Torch reads one after the other, when they are asked for:
+    its sums of several at once are other sums than those of one, and the texts would not be those
+    that are written alone.
     """
     step = step_of(model)
     if step is not None and all(step.takes(one) for one in caches):
         # Where the call breaks, none is read: each by itself then shows whose fault it is.
         with suppress(Exception):
             return [partial(_given, one) for one in step.batch(ids, caches)]
+    elif (rows := captured_rows(model, caches)) is not None:
+        with suppress(Exception):
+            return [partial(_given, one) for one in rows(torch.tensor(ids), caches)]
     return [partial(decode, model, id, cache) for id, cache in zip(ids, caches, strict=True)]
-
-
-def in_pieces(model: GPT, asked: ToRead) -> Iterator[Tensor | None]:
-    """Read what a generation asked for as it would itself, to the bit; the logits come last.
-
-    Between two pieces, where None comes, others may use the model.
-    """
-    ids, cache = asked.ids, asked.cache
-    if (step := reader_of(model, len(ids), cache)) is not None:
-        found = []
-        for logits in step.read_on(ids, cache, last_only=not asked.each, at_once=PIECE_TOKENS):
-            found.append(logits)
-            yield None
-        yield torch.cat(found) if asked.each else found[-1][-1]
-        return
-    if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
-        yield read_asked(model, asked)
-        return
-    batch = torch.tensor([list(ids)], device=cache.k.device)  # (1, T)
-    wide = cache.k.device.type == "cpu" and len(ids) >= WIDE_TOKENS
-    pieces = model.by_blocks(batch, cache, last_only=not asked.each)
-    while True:
-        with torch.inference_mode(), wide_products(model) if wide else nullcontext():
-            logits_of_all = next(pieces)
-        if logits_of_all is not None:
-            yield logits_of_all[0] if asked.each else logits_of_all[0, -1]
-            return
-        yield None
 
 
 def _given(logits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -40,6 +41,8 @@ class KVCache:
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.capacity = shape[3]
         self.length = 0
+        self.cuts = 0
+        """How often something was forgotten, so that a copy knows whether it still is one."""
         self._layers = tuple(zip(self.k, self.v, strict=True))
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,10 +61,12 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
         assert 0 <= length <= self.length
+        self.cuts += length < self.length
         self.length = length
 
     def keep(self, rows: Tensor) -> None:
         """Forget every sequence but ``rows``, (n,) int64 in ascending order."""
+        self.cuts += 1
         for layer in (one for pair in self._layers for one in pair):
             known = layer.narrow(2, 0, self.length)  # (B, G, S, D)
             known[: len(rows)] = known[rows]
@@ -73,7 +78,7 @@ class Positions(NamedTuple):
     """What the T new positions of a call have in common in all layers."""
 
     mask: Tensor | None
-    """(T, S) bool, see ``later_mask``."""
+    """(T, S) bool, see ``later_mask``; of a text each where these differ."""
     cos: Tensor | None = None
     """(T, D), and ``sin`` likewise: rotary tables, None where positions are learned."""
     sin: Tensor | None = None
@@ -236,8 +241,8 @@ class Block(nn.Module):
 
 def local(weight: Tensor) -> Tensor:
     """Return what this process holds of a weight; all of it where the model is not split."""
-    found: Tensor = getattr(weight, "_local_tensor", weight)
-    return found
+    as_local: Callable[[], Tensor] | None = getattr(weight, "to_local", None)
+    return weight if as_local is None else as_local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,28 +295,38 @@ class GPT(nn.Module):
             ContextOverflow: more positions than the spec's context or the cache's capacity.
         """
         start = cache.length if cache is not None else 0
-        self._check_room(start + ids.shape[1], cache)
+        self.check_room(start + ids.shape[1], cache)
         x, where = self.enter(ids, start)
         for layer, block in enumerate(self.blocks):
             x = block(x, where, cache, layer)
         return self._leave(x, start, cache, last_only=last_only)
 
     def by_blocks(
-        self, ids: Tensor, cache: KVCache, *, last_only: bool = False
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
     ) -> Iterator[Tensor | None]:
         """Do what ``forward`` does, and yield None behind every block; the logits come last.
 
-        The cache must not be used before that.
+        The cache must not be used before that. Every block, and the head, runs in the context that
+        ``around`` gives for it.
         """
         start = cache.length
-        self._check_room(start + ids.shape[1], cache)
+        self.check_room(start + ids.shape[1], cache)
         x, where = self.enter(ids, start)
         for layer, block in enumerate(self.blocks):
-            x = block(x, where, cache, layer)
+            with around(block):
+                x = block(x, where, cache, layer)
             yield None
-        yield self._leave(x, start, cache, last_only=last_only)
+        with around(self.head):
+            logits = self._leave(x, start, cache, last_only=last_only)
+        yield logits
 
-    def _check_room(self, end: int, cache: KVCache | None) -> None:
+    def check_room(self, end: int, cache: KVCache | None) -> None:
+        """Raise ContextOverflow where so many positions do not fit."""
         room = self.spec.context if cache is None else min(self.spec.context, cache.capacity)
         if end > room:
             raise ContextOverflow(f"{end:,} positions do not fit into {room:,}: shorten the text.")
@@ -339,6 +354,28 @@ class GPT(nn.Module):
             return x + self.positions.weight[start:end], Positions(mask)
         cos, sin = self._tables(end, x.dtype, x.device)
         return x, Positions(mask, cos[start:end], sin[start:end])
+
+    def enter_at(self, ids: Tensor, positions: Tensor, capacity: int) -> tuple[Tensor, Positions]:
+        """Return what ``enter`` does for a token a text, at positions that the device knows.
+
+        Args:
+            ids: (B, 1) int64.
+            positions: (B,) int64, one for each.
+            capacity: positions of the cache, which the mask covers: (B, 1, 1, capacity) bool.
+        """
+        x: Tensor = self.embedding(ids)  # (B, 1, W)
+        known = torch.arange(capacity, device=x.device) <= positions[:, None]
+        mask = known[:, None, None]
+        if self.spec.position == "learned":
+            return x + self.positions.weight[positions][:, None], Positions(mask)
+        cos, sin = self._tables(capacity, x.dtype, x.device)
+        return x, Positions(mask, cos[positions][:, None, None], sin[positions][:, None, None])
+
+    @property
+    def divisible(self) -> bool:
+        """Whether blocks may be run one by one: nothing stands in the place of ``forward``."""
+        changed = "forward" in vars(self) or self._forward_hooks or self._forward_pre_hooks
+        return not changed
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Return an empty cache for ``capacity`` positions, on the model's device."""

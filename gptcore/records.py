@@ -57,7 +57,7 @@ class Sampling(BaseModel):
         description="Above 1, tokens that already occurred become less likely; 1 changes nothing.",
     )
     temperature: float = Field(
-        0.8,
+        0.7,
         ge=0.0,
         le=2.0,
         title="Temperature",

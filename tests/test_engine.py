@@ -8,8 +8,8 @@ import torch
 
 from gptcore import weights
 from gptcore.device import Placement
-from gptcore.engine import Engine
-from gptcore.errors import ContextOverflow, InvalidInput, NumericalError
+from gptcore.engine import CPU_CHUNK, LEAST_CHUNK, Engine, chunk_tokens, read
+from gptcore.errors import Cancelled, ContextOverflow, InvalidInput, NumericalError
 from gptcore.records import STAGES, FinishReason, Request, Token
 from gptcore.spec import ModelSpec, gpt
 from gptcore.tokenizer import byte_tokenizer
@@ -54,6 +54,33 @@ def run(engine: Engine, **fields: Any) -> tuple[list[Token], Any]:
 
 def ids(tokens: list[Token]) -> list[int]:
     return [token.id for token in tokens]
+
+
+def test_a_prompt_is_broken_off_between_two_blocks_and_can_be_read_again(engine: Engine) -> None:
+    model, text, asked = engine.model, list(range(60)), []
+    cache = model.new_cache(64)
+
+    def cancelled() -> bool:
+        asked.append(cache.length)
+        return len(asked) == 2
+
+    with pytest.raises(Cancelled):
+        read(model, text, cache, cancelled)
+    assert asked == [0, 0]  # before it began, and behind the first of two blocks
+    assert cache.length == 0
+    with torch.inference_mode():
+        whole = model(torch.tensor([text]))[0, -1]
+    assert torch.allclose(read(model, text, cache, lambda: False), whole, atol=1e-4)
+
+
+def test_a_compiled_or_replaced_model_is_read_in_smaller_chunks_at_once(engine: Engine) -> None:
+    model = engine.model
+    assert chunk_tokens(model) == CPU_CHUNK
+    model.forward = model.forward  # type: ignore[method-assign]
+    assert not model.divisible
+    assert chunk_tokens(model) == CPU_CHUNK  # so small a model reads as many in no time
+    model.spec = gpt(48, 1600, 25)
+    assert chunk_tokens(model) == LEAST_CHUNK
 
 
 def test_greedy_with_a_cache_equals_a_full_forward_at_every_step(engine: Engine) -> None:

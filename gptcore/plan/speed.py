@@ -36,8 +36,8 @@ LEAST_SETUPS = 4
 LEAST_TOKENS = 8
 LEAST_PROMPT = 16
 """Shorter answers and prompts are mostly what is around them."""
-PIECE_PARAMETERS, LEAST_PIECE = 3 * 10**10, 32
-"""A CPU reads a prompt in pieces of so many tokens × parameters, so that it can be stopped."""
+CPU_PIECE = 256
+"""Tokens of a prompt that a CPU reads at once, as the engine does."""
 MOST_PIECES = 400
 """Of a very long prompt so many tell the rest."""
 
@@ -213,7 +213,7 @@ def prefill(
     spec: ModelSpec, precision: str, device: Device, tokens: int, batch: int = 1, tensor: int = 1
 ) -> float:
     """Return the seconds of reading prompts, in pieces as this program does."""
-    size = piece_tokens(spec, batch) if device.on_cpu else PREFILL_TOKENS
+    size = max(1, CPU_PIECE // batch) if device.on_cpu else PREFILL_TOKENS
     size = max(size, -(-tokens // MOST_PIECES))
     return sum(
         step(
@@ -227,12 +227,6 @@ def prefill(
         ).seconds
         for begin in range(0, tokens, size)
     )
-
-
-def piece_tokens(spec: ModelSpec, batch: int = 1) -> int:
-    """Return how many positions of each text a CPU reads at once; as the engine does."""
-    most = max(LEAST_PIECE, min(PREFILL_TOKENS, PIECE_PARAMETERS // spec.parameters))
-    return max(1, most // batch)
 
 
 def decode(

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
-from types import SimpleNamespace
 
 import pytest
 
 from gptcore.plan.cards import card
 from gptcore.plan.peaks import MachinePeaks, Rates
 from gptcore.plan.speed import (
+    CPU_PIECE,
     Device,
     Made,
     Setup,
@@ -17,7 +17,6 @@ from gptcore.plan.speed import (
     compare,
     decode,
     machine_device,
-    piece_tokens,
     prefill,
     step,
 )
@@ -193,16 +192,10 @@ def test_several_positions_at_once_have_an_overhead_of_their_own() -> None:
     assert step(spec, "fp32", device, tokens=2, known=0).overhead_s == pytest.approx(12e-3)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt3-1.3b", "gpt3-175b"])
-def test_a_cpu_reads_a_prompt_in_the_engines_pieces(name: str) -> None:
-    from gptcore.engine import chunk_tokens
+def test_a_cpu_reads_a_prompt_in_the_engines_pieces() -> None:
+    from gptcore.engine import CPU_CHUNK
 
-    spec = PRESETS[name]
-    model = SimpleNamespace(
-        spec=spec,
-        embedding=SimpleNamespace(weight=SimpleNamespace(device=SimpleNamespace(type="cpu"))),
-    )
-    assert piece_tokens(spec) == chunk_tokens(model)
+    assert CPU_PIECE == CPU_CHUNK
 
 
 def test_an_endless_prompt_is_predicted_from_few_pieces() -> None:

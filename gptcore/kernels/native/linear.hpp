@@ -211,9 +211,19 @@ inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int
   }
 }
 
-// Rows of floats that are multiplied at once with so many vectors, as registers allow.
+// Rows of floats that are multiplied at once with so many vectors: half of the registers hold sums.
 constexpr int rows_at_once(int vectors, int sums) {
-  return vectors * sums > 8 ? 16 / (vectors * sums) : 4;
+  int rows = (LANES == 16 ? 16 : 8) / (vectors * sums);
+  return rows > 4 ? 4 : rows < 1 ? 1 : rows;
+}
+
+// The sum of each of ROWS registers; four at once take half as long.
+template <int ROWS>
+inline void sum_each(const F (&acc)[ROWS], float (&to)[ROWS]) {
+  if constexpr (ROWS == 4)
+    store(to, sums(acc[0], acc[1], acc[2], acc[3]));
+  else
+    for (int r = 0; r < ROWS; r++) to[r] = sum(acc[r]);
 }
 
 // Products of up to ROWS rows of floats with VECTORS vectors, `stride` floats apart: y[v][r].
@@ -228,7 +238,10 @@ inline void fp32_rows(const float* w, int64_t columns, const float* x, int64_t s
   for (int64_t k = 0; k < whole; k += LANES) {
     F ws[ROWS];
     GPT_UNROLL
-    for (int r = 0; r < ROWS; r++) ws[r] = load<F>(row[r] + k);
+    for (int r = 0; r < ROWS; r++) {
+      prefetch(row[r] + k + PREFETCH_BYTES / 4 / ROWS);
+      ws[r] = load<F>(row[r] + k);
+    }
     GPT_UNROLL
     for (int v = 0; v < VECTORS; v++) {
       F xs = load<F>(x + v * stride + k);
@@ -237,12 +250,14 @@ inline void fp32_rows(const float* w, int64_t columns, const float* x, int64_t s
     }
   }
   GPT_UNROLL
-  for (int v = 0; v < VECTORS; v++)
+  for (int v = 0; v < VECTORS; v++) {
+    float found[ROWS];
+    sum_each(acc[v], found);
     for (int r = 0; r < rows; r++) {
-      float found = sum(acc[v][r]);
-      for (int64_t k = whole; k < columns; k++) found += row[r][k] * x[v * stride + k];
-      y[v][at + r] = found;
+      for (int64_t k = whole; k < columns; k++) found[r] += row[r][k] * x[v * stride + k];
+      y[v][at + r] = found[r];
     }
+  }
 }
 
 // As above for bf16; a vector has its even columns and then its odd ones.
@@ -275,13 +290,18 @@ inline void bf16_rows(const uint16_t* w, int64_t columns, const float* x, int64_
     }
   }
   GPT_UNROLL
-  for (int v = 0; v < VECTORS; v++)
+  for (int v = 0; v < VECTORS; v++) {
+    F both[ROWS];
+    GPT_UNROLL
+    for (int r = 0; r < ROWS; r++) both[r] = even[v][r] + odd[v][r];
+    float found[ROWS];
+    sum_each(both, found);
     for (int r = 0; r < rows; r++) {
-      float found = sum(even[v][r] + odd[v][r]);
       for (int64_t k = 2 * whole; k < columns; k++)
-        found += widen(row[r][k]) * x[v * stride + (k % 2 ? half : 0) + k / 2];
-      y[v][at + r] = found;
+        found[r] += widen(row[r][k]) * x[v * stride + (k % 2 ? half : 0) + k / 2];
+      y[v][at + r] = found[r];
     }
+  }
 }
 
 // Where the integer of a packed weight lies: a byte, and for int4 which half of it.
