@@ -4,8 +4,9 @@ Two sets of prompts: *copying* ones ask for the passage that they hold, once mor
 exchanged; the *others* are the beginnings of a text that ships, which has little to repeat. Every
 prompt is written with guessing and without, in an order drawn anew, greedily unless a temperature
 is given; the tokens must be the same, one for one. Sides with a draft have the pass ``draft`` and
-prompt lookup, the others prompt lookup alone. What stands in the table is the ratio of the seconds
-from the first token to the last, and the share of guesses that were right.
+prompt lookup, the others prompt lookup alone; without guessing means with neither. What stands in
+the table is the ratio of the seconds from the first token to the last, and the share of guesses
+that were right. Sides that are not measured keep what was measured of them at the same settings.
 
 The result is printed, and written to bench/results/ and into bench/README.md.
 """
@@ -13,15 +14,17 @@ The result is printed, and written to bench/results/ and into bench/README.md.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from bench.decode import SMOLLM2
-from bench.results import conditions, keep
+from bench.results import RESULTS, conditions, keep
 from bench.sides import ROOT, pin
 from gptcore.records import Message, Request
 
@@ -86,23 +89,35 @@ def main() -> None:
     options = parser.parse_args()
     pin(options.threads)
     load_before = os.getloadavg()
-    rows: dict[str, dict[str, object]] = {}
+    settings = {"new_tokens": options.new_tokens, "temperature": options.temperature}
+    rows: dict[str, dict[str, object]] = before(settings)
     for side in options.sides:
         asked = requests(options.prompts, options.new_tokens, options.temperature)
         found = outcomes(*SIDES[side], asked, options.threads)
         rows[side] = {kind: summary(found, kind) for kind in ("copying", "others")}
+        rows[side]["at"] = datetime.now(UTC).isoformat(timespec="seconds")
         rows[side]["outcomes"] = [asdict(one) for one in found]
         print(f"{side}: done", flush=True)
     result = {
         **conditions(options.threads, load_before),
-        "new_tokens": options.new_tokens,
-        "temperature": options.temperature,
-        "rows": rows,
+        **settings,
+        "rows": {side: rows[side] for side in SIDES if side in rows},
     }
     table = markdown(result)
     print(table)
     if options.write:
         keep("speculate", result, table)
+
+
+def before(settings: dict[str, Any]) -> dict[str, dict[str, object]]:
+    """Return what was measured at the same settings, by side."""
+    file = RESULTS / "speculate.json"
+    if not file.is_file():
+        return {}
+    known = json.loads(file.read_text())
+    if any(known[name] != value for name, value in settings.items()):
+        return {}
+    return {side: row for side, row in known["rows"].items() if side in SIDES}
 
 
 def outcomes(
@@ -118,11 +133,12 @@ def outcomes(
     model = Ours(SMOLLM2, precision, threads, recipe).engine.model
     directory = Catalogue(models_dir()).checkpoint(SMOLLM2).directory
     engine = Engine(model, load_tokenizer(directory))
-    draw, found = random.Random(0), []
+    draft, draw, found = model.draft, random.Random(0), []
     for kind, request in asked:
         done = {}
         for shortcuts in draw.sample([False, True], 2):
             engine.forget()
+            model.draft = draft if shortcuts else None
             generation = engine.start(request, shortcuts=shortcuts)
             tokens = list(generation)
             done[shortcuts] = generation, tokens, tokens[-1].seconds - tokens[0].seconds
@@ -164,9 +180,9 @@ def markdown(result: dict[str, object]) -> str:
         f"{result['temperature']:g}, at most {result['new_tokens']} new tokens. Load average "
         f"{load['before'][0]:.1f} before and {load['after'][0]:.1f} after.",
         "",
-        "| side | prompts | guessing is faster by, median (quartiles) | tokens a step | "
+        "| side | measured | prompts | guessing is faster by, median (quartiles) | tokens a step | "
         "guesses that were right | same tokens |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for side, kinds in rows.items():
         for kind in ("copying", "others"):
@@ -174,7 +190,8 @@ def markdown(result: dict[str, object]) -> str:
             low, high = one["quartiles"]
             right = "–" if one["accepted_ratio"] is None else f"{one['accepted_ratio']:.0%}"
             lines.append(
-                f"| {side} | {kind} | {one['ratio']:.2f}× ({low:.2f}–{high:.2f}) | "
+                f"| {side} | {kinds['at'][:10]} | {kind} | "
+                f"{one['ratio']:.2f}× ({low:.2f}–{high:.2f}) | "
                 f"{one['tokens_per_step']:.2f} | {right} of {one['guessed_tokens']:,} | "
                 f"{one['identical']} of {one['prompts']} |"
             )

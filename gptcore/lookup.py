@@ -9,7 +9,8 @@ Guesses are what stood behind the same three tokens before (Saxena 2023, prompt 
 else, where the model has one, what would be drawn from a draft of fewer bits.
 
 Guessing costs: eight tokens take about one and a half times as long as one, and a draft's tokens
-take time of their own. Where guesses save less than that it pauses, each time for longer.
+take time of their own. Looking up and drafting are each judged by what they save: one that saves
+less than it costs pauses, each time for longer.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ GRAM = 3
 """Tokens that must have occurred before, in this order."""
 GUESSES = 7
 """Tokens guessed at once, at most: with the newest one they fill a call of the native step."""
-WINDOW = 3
-"""Guesses in a row that are judged together."""
+LOOKED_UP, DRAFTED = 3, 6
+"""Guesses in a row that are judged together, by how they came about."""
 LEAST_ACCEPTED = 0.75
 """Tokens that a looked up guess of the window must have saved on average."""
 CHECKING = 0.3
 """What checking a draft's few guesses costs beyond a step, in steps."""
+READING = 16
+"""Tokens that a draft reads at once in about twice the time of one."""
 DRAFT_CONTEXT = 128
 """Tokens of the text that a draft begins with: its guesses need not be the best."""
 PAUSE = 32
@@ -39,6 +42,40 @@ PAUSE = 32
 
 Pick = Callable[[Tensor, int], int]
 """Of a draft's logits, (V,), the token that would be drawn so many draws from the next one on."""
+
+
+class Judge:
+    """Decides whether one way of guessing saves more than it costs, and pauses it where not."""
+
+    def __init__(self, window: int) -> None:
+        """Judge so many guesses at a time."""
+        self._window = window
+        self._saved: list[int] = []
+        """Tokens that each guess of the window saved."""
+        self._due: list[float] = []
+        """Tokens that each of them had to save."""
+        self._next_at = 0
+        """Tokens known when guessing may go on."""
+        self._pause = PAUSE
+
+    def allows(self, known: int) -> bool:
+        """Return whether to guess behind so many tokens."""
+        if len(self._saved) >= self._window:
+            if sum(self._saved) < sum(self._due):
+                self._next_at = known + self._pause
+                self._pause *= 2
+            self._saved.clear()
+            self._due.clear()
+        return known >= self._next_at
+
+    def guessed(self, due: float) -> None:
+        """Note a guess that has to save so many tokens."""
+        self._saved.append(0)
+        self._due.append(due)
+
+    def saved(self) -> None:
+        """Note that the newest guess saved a token."""
+        self._saved[-1] += 1
 
 
 class Drafter:
@@ -57,6 +94,8 @@ class Drafter:
         """The tokens that its cache knows, wrong guesses too."""
         self._sure = 0
         """How many of these are the text's."""
+        self.cost = 0.0
+        """What the last guess cost, in steps of the model that checks."""
 
     def guess(self, ids: Sequence[int], most: int) -> list[int]:
         """Return what may stand behind ``ids``, ``most`` tokens at most and one at least."""
@@ -78,6 +117,7 @@ class Drafter:
         while len(found) < min(most, self.draft.guesses):
             self._read.append(found[-1])
             found.append(self._pick(self._step(found[-1], self._cache), len(found)))
+        self.cost = self.draft.cost * (len(found) + len(unread) / READING)
         return found
 
 
@@ -108,13 +148,9 @@ class Lookup:
         """Where the token behind each gram stands, the last time it occurred."""
         self._ahead: list[tuple[int, Tensor]] = []
         """Guesses that were read, each with the logits behind it."""
-        self._saved: list[int] = []
-        """Tokens that each guess of the window saved."""
-        self._due: list[float] = []
-        """Tokens that each of them had to save."""
-        self._next_at = 0
-        """Tokens known when guessing may go on."""
-        self._pause = PAUSE
+        self._looking, self._drafting = Judge(LOOKED_UP), Judge(DRAFTED)
+        self._judge = self._looking
+        """Of the way in which was guessed last."""
         for id in ids:
             self._add(id)
 
@@ -161,14 +197,13 @@ class Lookup:
             guess, logits = self._ahead.pop(0)
             if guess == id:
                 self.accepted += 1
-                self._saved[-1] += 1
+                self._judge.saved()
                 return logits, 0
             self._ahead.clear()
         self._cache.truncate(position)
         guesses = self._guess(min(wanted - 1, self._cache.capacity - position - 1))
         if not guesses:
             return self._step(id, self._cache), 1
-        self._saved.append(0)
         self.guessed += len(guesses)
         found = self._step.read([id, *guesses], self._cache)
         self._ahead = list(zip(guesses, found[1:], strict=True))
@@ -188,19 +223,17 @@ class Lookup:
 
     def _guess(self, most: int) -> list[int]:
         """Return what may follow, or nothing where guessing pauses or there is no guess."""
-        if len(self._saved) >= WINDOW:
-            if sum(self._saved) < sum(self._due):
-                self._next_at = len(self._ids) + self._pause
-                self._pause *= 2
-            self._saved.clear()
-            self._due.clear()
-        if most <= 0 or len(self._ids) < self._next_at:
+        known = len(self._ids)
+        if most <= 0:
             return []
-        if found := self._looked_up(most):
-            self._due.append(LEAST_ACCEPTED)
-        elif self._drafter is not None:
+        if self._looking.allows(known) and (found := self._looked_up(most)):
+            self._judge, due = self._looking, LEAST_ACCEPTED
+        elif self._drafter is not None and self._drafting.allows(known):
             found = self._drafter.guess(self._ids, most)
-            self._due.append(CHECKING + len(found) * self._drafter.draft.cost)
+            self._judge, due = self._drafting, CHECKING + self._drafter.cost
+        else:
+            return []
+        self._judge.guessed(due)
         return found
 
     def _looked_up(self, most: int) -> list[int]:

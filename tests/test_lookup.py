@@ -13,9 +13,9 @@ from gptcore.engine import Engine, Generation, prefill
 from gptcore.errors import InvalidInput
 from gptcore.kernels.linear import NativeLinear
 from gptcore.kernels.step import NativeStep, adopt, step_of
-from gptcore.lookup import GUESSES, PAUSE, WINDOW, Lookup
+from gptcore.lookup import DRAFTED, GUESSES, LOOKED_UP, PAUSE, Lookup
 from gptcore.measure.memory import weight_bytes
-from gptcore.model import Draft
+from gptcore.model import GPT, Draft
 from gptcore.passes.base import PassContext
 from gptcore.passes.draft import DraftModel
 from gptcore.records import Request
@@ -88,16 +88,22 @@ def test_guesses_of_a_draft_like_the_model_are_right(temperature: float) -> None
     assert quick.steps == 12  # 59 tokens behind the first, five a step
 
 
-def test_a_draft_that_is_mostly_wrong_pauses_and_one_token_needs_no_guess() -> None:
+def with_a_wrong_draft() -> GPT:
+    """Return a model whose draft has all weights negated."""
     model, draft = random_model(SPECS["llama"]), random_model(SPECS["llama"])
     for parameter in draft.parameters():
         parameter.neg_()
     model = native(model, "fp32")
     model.draft = Draft(native(draft, "fp32"), guesses=3, cost=0.5)
+    return model
+
+
+def test_a_draft_that_is_mostly_wrong_pauses_and_one_token_needs_no_guess() -> None:
+    model = with_a_wrong_draft()
     engine = Engine(model, byte_tokenizer(211))
     _, _, quick = written(engine, shortcuts=False, temperature=1.0)
     assert quick.lookup is not None
-    assert quick.lookup.guessed <= 2 * 3 * WINDOW  # of 60 tokens: then 32 without, then the rest
+    assert quick.lookup.guessed <= 2 * 3 * DRAFTED  # of 60 tokens: then 32 without, then the rest
     _, _, short = written(engine, shortcuts=False, max_new_tokens=1)
     assert short.steps == 0
 
@@ -157,9 +163,31 @@ def test_guesses_that_are_wrong_become_rare() -> None:
             before = lookup.guessed
             lookup.after(id, 100)
             asked.append(lookup.guessed > before)
-    assert lookup.accepted < WINDOW * GUESSES
-    assert sum(asked) <= 3 * WINDOW
+    assert lookup.accepted < LOOKED_UP * GUESSES
+    assert sum(asked) <= 3 * LOOKED_UP
     assert not any(asked[-PAUSE:])
+
+
+def test_a_draft_that_is_mostly_wrong_does_not_stop_what_is_looked_up() -> None:
+    """A text of one phrase again and again, behind words that the draft never guesses."""
+    model = with_a_wrong_draft()
+    first, phrase = list(range(30, 70)), [5, 6, 7, 8, 9, 10, 11, 12]
+    text = [1, 2, 3]
+    cache = model.new_cache(256)
+    assert isinstance(adopt(model), NativeStep)
+    assert model.draft is not None
+    adopt(model.draft.model)
+    prefill(model, text, cache)
+    lookup = Lookup.of(model, cache, text)
+    assert lookup is not None
+    for id in (*first, *phrase):
+        lookup.after(id, 100)
+    wrong, right = lookup.guessed, lookup.accepted
+    for id in phrase * 4:
+        lookup.after(id, 100)
+    assert right == 0
+    assert wrong > 0
+    assert lookup.accepted >= 3 * len(phrase)
 
 
 def test_no_more_is_guessed_than_is_wanted_or_fits() -> None:
