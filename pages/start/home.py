@@ -98,7 +98,7 @@ def now_running() -> None:
         st.metric("Waiting", shown.whole(waiting), border=True)
         held = lab.loaded()
         st.metric(
-            "Models in memory",
+            "In memory",
             shown.whole(len(held)),
             help=", ".join(
                 f"{shown.escaped(one.model)} {one.precision} on {device} "

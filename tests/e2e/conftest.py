@@ -165,6 +165,13 @@ def until(
         time.sleep(0.05)
 
 
+def ready(page: Page) -> None:
+    """Wait until the script of the page has run."""
+    expect(
+        page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]')
+    ).to_be_visible()
+
+
 def install_models(folder: Path) -> None:
     """Put the two small models into the folder of a catalogue."""
     tiny = tiny_checkpoint(folder / TINY, context=4096)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import Server, Visit
+from tests.e2e.conftest import Server, Visit, ready
 
 pytestmark = pytest.mark.browser
 
@@ -24,13 +24,6 @@ PAGES = {
     "tune": re.compile("tune", re.I),
     "train": re.compile("train", re.I),
 }
-
-
-def ready(page: Page) -> None:
-    """Wait until the script of the page has run."""
-    expect(
-        page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]')
-    ).to_be_visible()
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -308,7 +308,7 @@ def test_what_a_model_says_of_itself_is_text(own_server: Server, visit: Visit):
 
 
 BAD_LINKS = {
-    "temperature=-1": "Temperature is -1; the least is 0; 0.8 is used instead",
+    "temperature=-1": "Temperature is -1; the least is 0; 0.7 is used instead",
     "temperature=NaN": "Temperature is NaN; it must be a number",
     f"seed={2**70}": f"Seed is {2**70}",
     f"seed={2**53 + 5}": f"Seed is {2**53 + 5}",

@@ -18,7 +18,13 @@ PARENT = """
     data: { turn, data: { run: "a", busy: count < 6, before: "", mark: null, apart: [],
       tokens: tokens.slice(0, count) } },
     parentElement: parent, setTriggerValue: () => {} })
-  const settled = () => new Promise((resolve) => setTimeout(resolve, 200))
+  const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms))
+  // Until so many tokens are drawn, however busy the machine, and a moment for what comes late.
+  const settled = async (count = 6) => {
+    for (let i = 0; i < 200 && parent.querySelectorAll(".token").length !== count; i++)
+      await pause(50)
+    await pause(200)
+  }
   const shown = () => [...parent.querySelectorAll(".token")].map((e) => e.textContent).join(" ")
 """
 
@@ -43,7 +49,7 @@ def test_a_refresh_that_comes_late_does_not_replace_a_newer_one(server: Server, 
 
 def test_refreshes_in_order_are_all_drawn(server: Server, visit: Visit):
     body = """
-      refresh(10, 2); await settled(); const first = shown()
+      refresh(10, 2); await settled(2); const first = shown()
       refresh(20, 6); await settled(); return [first, shown()]"""
     assert with_stub(server, visit, body) == ["Once upon", "Once upon a time a fox"]
 
