@@ -13,15 +13,13 @@ installed. Each cell is timed three times; the median counts.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+from bench.sides import ROOT
 from gptcore.catalogue import Catalogue
 from gptcore.measure.machine import measure
 from gptcore.measure.timing import Cell, once
@@ -40,6 +38,7 @@ MODELS = ("smollm2-135m", "gpt2", "gpt2-medium")
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 CELLS = (Cell(prompt_tokens=128, new_tokens=24), Cell(prompt_tokens=512, new_tokens=24))
 EXTRAPOLATED = ("gpt2-xl", "gpt3-1.3b", "gpt3-2.7b", "gpt3-6.7b", "gpt3-13b", "gpt3-175b")
+REPETITIONS = 3
 TABLE = ROOT / "docs" / "predictions.md"
 
 
@@ -59,25 +58,44 @@ def built(model: str, precision: str) -> GPT:
     return made.eval()
 
 
-def setups(model: str, precision: str, peaks: MachinePeaks) -> list[speed.Setup]:
+def measured_peaks() -> MachinePeaks:
+    """Return what one thread of this machine reaches, by its processor time."""
+    told = measure("cpu", 1, time.thread_time)
+    rates = told.pop("rates")
+    assert isinstance(rates, dict)
+    return MachinePeaks(rates={name: Rates(**one) for name, one in rates.items()}, **told)
+
+
+def setups(
+    model: str, precision: str, peaks: MachinePeaks, cells: Sequence[Cell] = CELLS
+) -> list[speed.Setup]:
     """Return what was measured and predicted of one model in one precision."""
     device = speed.machine_device(peaks, precision)
     assert device is not None
     made = built(model, precision)
     found = []
-    for cell in CELLS:
+    for cell in cells:
         once(made, cell)
-        times = [once(made, cell, clock=time.thread_time) for _ in range(3)]
+        times = [once(made, cell, clock=time.thread_time) for _ in range(REPETITIONS)]
         reading = median(one.prefill_s for one in times)
         writing = median(one.decode_s for one in times) / (cell.new_tokens - 1)
         known = cell.prompt_tokens + cell.new_tokens // 2
         for one in (
-            speed.Observed("decode", known, 1, writing, drawn=False),
-            speed.Observed("prefill", cell.prompt_tokens, 1, reading, drawn=False),
+            speed.Observed("decode", known, cell.batch, writing, drawn=False),
+            speed.Observed("prefill", cell.prompt_tokens, cell.batch, reading, drawn=False),
         ):
-            predicted = speed.predicted_s(made.spec, precision, device, one)
             found.append(
-                speed.Setup(model, precision, 1, one.what, one.tokens, 1, 3, one.seconds, predicted)
+                speed.Setup(
+                    model=model,
+                    precision=precision,
+                    threads=1,
+                    what=one.what,
+                    tokens=one.tokens,
+                    batch=one.batch,
+                    runs=REPETITIONS,
+                    measured_s=one.seconds,
+                    predicted_s=speed.predicted_s(made.spec, precision, device, one),
+                )
             )
     return found
 
@@ -162,10 +180,7 @@ def main() -> None:
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--out", type=Path, default=TABLE)
     options = parser.parse_args()
-    told = measure("cpu", 1, time.thread_time)
-    rates = told.pop("rates")
-    assert isinstance(rates, dict)
-    peaks = MachinePeaks(rates={name: Rates(**one) for name, one in rates.items()}, **told)
+    peaks = measured_peaks()
     torch.set_num_threads(1)
     known = {**PRESETS, **known_specs()}
     found: list[speed.Setup] = []
