@@ -20,9 +20,11 @@ import argparse
 import os
 import random
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -46,6 +48,14 @@ LIKE_Q4_1 = "ours Q4_1's form"
 """Blocks in 4 bits and groups of 32, the head in 8: what SmolLM2's file has."""
 KL_LIMIT = 0.01
 """What a format of ours may lose at most to be held against llama.cpp."""
+
+
+class Diverging(Protocol):
+    """What is filled in of a side's next-token distributions."""
+
+    kl_mean: float | None
+    kl_max: float | None
+    same_top_ratio: float | None
 
 
 @dataclass
@@ -138,7 +148,7 @@ def kept(name: str) -> Path:
 
 
 def divergences(
-    rows: dict[str, Row], sides: dict[str, Side], reference: Side, ids: list[int]
+    rows: Mapping[str, Diverging], sides: dict[str, Side], reference: Side, ids: list[int]
 ) -> None:
     """Fill in how far each side's next-token distributions are from the reference's."""
     with tempfile.TemporaryDirectory() as folder:

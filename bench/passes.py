@@ -37,6 +37,7 @@ from bench.results import RESULTS, into_readme
 from gptcore import weights
 from gptcore.catalogue import Catalogue
 from gptcore.device import Placement
+from gptcore.kernels.step import adopt
 from gptcore.linears import stored_bytes
 from gptcore.measure.corpora import evaluation_text
 from gptcore.measure.memory import trim_heap, weight_bytes
@@ -86,6 +87,8 @@ class Case:
     passes: tuple[Pass, ...] = ()
     precision: Precision = "fp32"
     targets: tuple[Target, ...] = ()
+    adopted: bool = False
+    """Whether our own library computes it, as it does in the program; else torch."""
 
 
 @dataclass
@@ -150,6 +153,13 @@ def two_of_four(method: Any) -> Prune:
 CASES = (
     Case("bf16", (), "bf16", (Target("kl", 0.005), stored(0.5))),
     Case("int8 dynamic", (Int8(),), targets=(perplexity(1.03), stored(0.27))),
+    Case("int8, our library", (Int8(),), targets=(perplexity(1.03),), adopted=True),
+    Case(
+        "int8, our library, 8-bit activations",
+        (Int8(activation_bits=8),),
+        targets=(perplexity(1.03),),
+        adopted=True,
+    ),
     Case("int8 weights only", (Int8Weights(),), "bf16"),
     Case("int4 g64 round", (Int4(),), "bf16", (Target("converted_ratio", 0.18),)),
     Case(
@@ -394,6 +404,8 @@ class Bench:
             for one in case.passes:
                 model = one.apply(model, context)
         seconds = time.process_time() - began
+        if case.adopted and isinstance(left := adopt(model), str):
+            raise SystemExit(f"Our library does not compute {case.name}: {left}")
         costs, kl, compared = self.score(model)
         apart = [now - was for now, was in zip(costs, self._base_nll, strict=True)]
         mean, windows = sum(apart) / self.scored, len(apart)

@@ -2,8 +2,10 @@
 
 Every side reads the same 512 tokens of a text that ships into an empty cache, the order drawn anew
 each round. ``ratio_to_llama_cpp`` and ``ratio_to_transformers`` hold our fastest format against the
-fastest of theirs (transformers in bf16). Seconds are those of the wall; beside them stands what
-the threads of a side worked (CPU seconds), which other programs on the machine change less.
+fastest of theirs (transformers in bf16); of ours those count whose Kullback-Leibler divergence from
+the same weights in fp32 is at most ``decode.KL_LIMIT``, over the positions of ``decode.py``.
+Seconds are those of the wall; beside them stands what the threads of a side worked (CPU seconds),
+which other programs on the machine change less.
 
 The result is printed, and written to bench/results/ and into bench/README.md.
 """
@@ -18,9 +20,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from bench.decode import SMOLLM2, smollm2_sides
+from bench.decode import KL_LIMIT, KL_TOKENS, SMOLLM2, divergences, smollm2_sides
 from bench.results import keep
-from bench.sides import ROOT, pin
+from bench.sides import ROOT, Side, pin
 from gptcore.catalogue import Catalogue
 from gptcore.measure.statistics import compare
 from gptcore.paths import models_dir
@@ -37,11 +39,19 @@ class Row:
     side: str
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    same_top_ratio: float | None = None
+
+
+def is_faithful(row: Row) -> bool:
+    """Return whether a side loses no more than a format may that is held against others."""
+    return row.kl_mean is not None and row.kl_mean <= KL_LIMIT
 
 
 def against(rows: list[Row], peer: str) -> dict[str, object] | None:
-    """Return how many times as fast as a peer's fastest side our fastest one is, and which."""
-    ours = [row for row in rows if row.side.startswith("ours")]
+    """Return how many times as fast as a peer's fastest side our fastest faithful one is."""
+    ours = [row for row in rows if row.side.startswith("ours") and is_faithful(row)]
     theirs = [row for row in rows if row.side.startswith(peer)]
     if not theirs:
         return None
@@ -68,14 +78,16 @@ def markdown(result: dict[str, object], rows: list[Row], tokens: int) -> str:
         f"{SMOLLM2}, {tokens:,} tokens. Load average {load['before'][0]:.1f} before and "
         f"{load['after'][0]:.1f} after.",
         "",
-        "| side | tokens/s, median (least – greatest) | tokens per CPU second, median |",
-        "|---|---|---|",
+        "| side | tokens/s, median (least – greatest) | tokens per CPU second, median | "
+        "KL from fp32, mean (greatest) |",
+        "|---|---|---|---|",
     ]
     for row in rows:
         rates, own = tokens / np.array(row.seconds), tokens / np.array(row.cpu_seconds)
+        kl = "" if row.kl_mean is None else f"{row.kl_mean:.5f} ({row.kl_max:.4f})"
         lines.append(
             f"| {row.side} | {np.median(rates):,.0f} ({rates.min():,.0f} – {rates.max():,.0f}) | "
-            f"{np.median(own):,.0f} |"
+            f"{np.median(own):,.0f} | {kl} |"
         )
     lines.append("")
     for key in PEERS:
@@ -100,7 +112,12 @@ def main() -> None:
     tokenizer = load_tokenizer(Catalogue(models_dir()).checkpoint(SMOLLM2).directory)
     ids = tokenizer.encode((ROOT / "data" / "texts" / "evaluation.txt").read_text())
     load_before = os.getloadavg()
+    reference = Side("ours", model=SMOLLM2, precision="fp32", native=False, threads=options.threads)
     sides = smollm2_sides(options.threads)
+    few = {"pass": "int8", "activation_bits": 8}
+    sides["ours int8, activations too"] = Side(
+        "ours", model=SMOLLM2, precision="fp32", recipe=[few], threads=options.threads
+    )
     rows = {name: Row(name) for name in sides}
     draw = random.Random(0)
     for turn in range(options.rounds + 1):
@@ -110,6 +127,7 @@ def main() -> None:
                 rows[name].seconds.append(seconds)
                 rows[name].cpu_seconds.append(cpu_seconds)
         print(f"round {turn} of {options.rounds}", flush=True)
+    divergences(rows, sides, reference, ids[:KL_TOKENS])
     found = list(rows.values())
     held = {key: against(found, peer) for key, peer in PEERS.items()}
     result: dict[str, object] = {
@@ -123,7 +141,7 @@ def main() -> None:
         "sides": {name: f"{side.name}: {side.decoder}" for name, side in sides.items()},
         "rows": [asdict(row) for row in found],
     }
-    for side in sides.values():
+    for side in (reference, *sides.values()):
         side.close()
     table = markdown(result, found, options.tokens)
     print(table)

@@ -250,7 +250,8 @@ def _first(program: type[Program], options: dict[str, Any], prompt: list[int]) -
         import torch  # noqa: F401  # what a library takes is no part of what a model takes
     process = psutil.Process()
     base_bytes = process.memory_info().rss
-    program(**options).read(prompt)
+    loaded = program(**options)  # held until its memory was looked at
+    loaded.read(prompt)
     used = process.cpu_times()
     found = {
         "seconds": time.time() - process.create_time(),

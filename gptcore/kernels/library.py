@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from enum import IntEnum
 
 from gptcore.kernels.build import NoKernels, library_path
@@ -119,6 +119,7 @@ FUNCTIONS = {
     "gpt_unpack": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int)),
     "gpt_rows": (None, (POINTER(CLinear), c_void_p, c_int64, c_void_p)),
     "gpt_large_pages": (None, (c_void_p, c_int64)),
+    "gpt_added_up": (c_uint32, (c_void_p, c_int64, c_int)),
 }
 
 

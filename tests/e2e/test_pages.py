@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
-from tests.e2e.conftest import Server, Visit, ready
+from tests.e2e.conftest import Server, Visit
 
 pytestmark = pytest.mark.browser
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gptcore import kernels
 from gptcore.device import Placement
 from gptcore.kernels.linear import Arena, Matrix, NativeEmbedding, NativeLinear, fits, take_over
+from gptcore.kernels.library import library
 from gptcore.linears import resident_bytes, stored_bytes
 from gptcore.linears.embedding import PackedEmbedding
 from gptcore.linears.grid import Grid, Quantized
@@ -273,3 +274,12 @@ def test_rows_may_be_every_second_of_many() -> None:
     strided = (torch.arange(80_000) % 16)[::2]
     picked = matrix.pick(strided)
     assert torch.allclose(picked.double(), weight[strided], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lines", [1, 3, 4, 5, 1000, 4097])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_memory_that_is_read_for_its_speed_is_read_whole(lines: int, threads: int) -> None:
+    random = torch.Generator().manual_seed(lines)
+    memory = torch.randint(-(2**31), 2**31, (lines * 16,), generator=random).int()
+    found = library().gpt_added_up(memory.data_ptr(), 64 * lines, threads)
+    assert found == int(memory.long().sum()) % 2**32

@@ -72,10 +72,11 @@ constexpr int STRIPS = LANES == 16 ? 4 : 2;
 constexpr int64_t AHEAD_BYTES = 4096;  // of keys; reaching past the end does no harm
 
 // The scores of HEADS queries with `count` keys: row h of `scores` for query h, `stride` floats
-// apart. Rows are written up to a multiple of four. The values that are needed next are called.
+// apart. Rows are written up to a multiple of four. Where the cache is `far`, what is needed next
+// of it is called, the values too.
 template <int HEADS, typename T>
 inline void score(const float* q, const T* keys, const T* values, int64_t width, int64_t count,
-                  float* scores, int64_t stride) {
+                  bool far, float* scores, int64_t stride) {
   int64_t whole = width / LANES * LANES;
   for (int64_t s = 0; s < count; s += POSITIONS_AT_ONCE) {
     const T* key[POSITIONS_AT_ONCE];
@@ -84,7 +85,7 @@ inline void score(const float* q, const T* keys, const T* values, int64_t width,
       key[j] = keys + (s + j < count ? s + j : count - 1) * width;
     const char* ahead = reinterpret_cast<const char*>(keys + s * width) + AHEAD_BYTES;
     const char* later = reinterpret_cast<const char*>(values + s * width);
-    for (int64_t i = 0; i < POSITIONS_AT_ONCE * width * int64_t(sizeof(T)); i += 256)
+    for (int64_t i = 0; far && i < POSITIONS_AT_ONCE * width * int64_t(sizeof(T)); i += 256)
       for (int line = 0; line < 256; line += 64) {
         prefetch(ahead + i + line);
         prefetch(later + i + line);
@@ -152,8 +153,8 @@ inline void soften(float* scores, int64_t count, float& most, float& total) {
 // `q` holds their queries one after the other, `weights` has room for HEADS_AT_ONCE chunks.
 template <int HEADS, typename T>
 inline void look(const float* q, const T* keys, const T* values, int64_t width, int64_t count,
-                 float* weights, int64_t stride, int64_t head, int64_t chunk, const Partial& to) {
-  score<HEADS>(q, keys, values, width, count, weights, stride);
+                 bool far, float* weights, int64_t stride, int64_t head, int64_t chunk, const Partial& to) {
+  score<HEADS>(q, keys, values, width, count, far, weights, stride);
   int64_t first = head * MOST_CHUNKS + chunk;
   GPT_UNROLL
   for (int h = 0; h < HEADS; h++) {

@@ -126,7 +126,7 @@ inline void quantize(const T* x, int64_t columns, const Integers& to, int64_t t)
   }
 }
 
-constexpr int PREFETCH_BYTES = 6144;  // ahead of what is read; reaching past the end does no harm
+constexpr int64_t PREFETCH_BYTES = 6144;  // ahead of what is read; past the end does no harm
 
 // y[t][row] of BLOCKS neighbouring blocks for VECTORS vectors from t on, of 16 bits where FINE, else
 // of 8. The weights are read once for all vectors, and the vectors once for all blocks.
@@ -142,6 +142,9 @@ inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int
   const char* w = static_cast<const char*>(l.weights) + block * bytes;
   const char* scales = w + integer_bytes(FORMAT, l.columns, l.group);
   auto place = [bytes](int row) { return row / PARTS * bytes; };  // of a row's block
+  // Of a pair not into the other block, which is being read already.
+  const int64_t ahead =
+      BLOCKS == 1 || bytes >= 2 * PREFETCH_BYTES ? PREFETCH_BYTES : BLOCKS * bytes;
   F acc[VECTORS][ROWS] = {};
   for (int64_t g = 0; g < groups; g++) {
     // `low` has what the codes' offset adds; without low bytes it is all there is.
@@ -157,7 +160,7 @@ inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int
       Bytes first[ROWS], second[ROWS];
       GPT_UNROLL
       for (int r = 0; r < ROWS; r++) {
-        if (r % PARTS == 0) prefetch(w + place(r) + PREFETCH_BYTES);
+        if (r % PARTS == 0) prefetch(w + place(r) + ahead);
         Bytes read = load<Bytes>(w + place(r) + r % PARTS * 4 * LANES);
         first[r] = WIDE ? read : read & 15;
         second[r] = bits<Bytes>(bits<U>(read) >> 4) & 15;
@@ -179,6 +182,7 @@ inline void packed_blocks(const Linear& l, int64_t block, const Integers& x, int
     for (int r = 0; r < ROWS; r++) {
       const char* of_group =
           scales + place(r) + g * BLOCK * (WIDE ? 2 : 4) + r % PARTS * LANES * 2;
+      if (FORMAT != INT8_ROWS && r % PARTS == 0) prefetch(of_group + ahead);
       F scale = FORMAT == INT8_ROWS ? F{} : widen(load<Half>(of_group));
       F zero = WIDE ? F{} : widen(load<Half>(of_group + BLOCK * 2));
       GPT_UNROLL
@@ -414,9 +418,11 @@ constexpr int TILE = LANES == 16 ? 8 : 2;
 constexpr int PAIR_TILE = TILE / PAIR;
 constexpr int COARSE_TILE = LANES == 16 ? 8 : 2;
 
-// Blocks that are multiplied at once: two of a packed layer share the loads of several vectors.
+// Blocks that are multiplied at once: two of a packed layer share the loads of the vectors. A single
+// vector is loaded fast enough for int8, which two streams of weights would make slower.
 inline int at_once(const Linear& l, int64_t vectors) {
-  return is_packed(l) && vectors > 1 && vectors >= PAIR_TILE ? PAIR : 1;
+  if (!is_packed(l)) return 1;
+  return vectors == 1 ? (l.format == INT4 ? PAIR : 1) : (vectors >= PAIR_TILE ? PAIR : 1);
 }
 
 // Outputs of BLOCKS neighbouring blocks for VECTORS vectors from t on, with the bias; zeros behind

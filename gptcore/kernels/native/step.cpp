@@ -11,6 +11,7 @@
 //
 // Letters of shapes: H query heads, G key/value heads, D head width, W model width, V vocabulary.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -333,7 +334,9 @@ class Session {
         ask(calls[t], b, group, t, desk.query);
         asked = desk.query;
       }
-      look_at<T>(calls[t], layer, group, chunk, t, asked, desk);
+      // The token before has just called the cache that they share.
+      bool far = t == 0 || calls[t].keys != calls[t - 1].keys;
+      look_at<T>(calls[t], layer, group, chunk, t, far, asked, desk);
     });
     team.meet();
     a = arrange(thread, team, count, b.out.columns, {&b.out}, nullptr,
@@ -412,7 +415,7 @@ class Session {
   // Let the query heads of token t's key head `group`, which lie at `asked`, look at one chunk of
   // what is known.
   template <typename T>
-  void look_at(const Call& call, int64_t layer, int64_t group, int64_t chunk, int64_t t,
+  void look_at(const Call& call, int64_t layer, int64_t group, int64_t chunk, int64_t t, bool far,
                const float* asked, Desk& desk) {
     int64_t known = call.position + 1, width = m.head_width, size = chunk_of(known, m.kv_heads);
     int64_t begin = chunk * size, end = begin + size < known ? begin + size : known;
@@ -423,7 +426,7 @@ class Session {
       auto looking = heads == 4 ? look<4, T> : heads == 3 ? look<3, T> : heads == 2 ? look<2, T>
                                                                                      : look<1, T>;
       looking(asked + i * width, keys + begin * width, values + begin * width, width, end - begin,
-              desk.weights, chunk_room_, group * queries() + i, chunk, seen_[t]);
+              far, desk.weights, chunk_room_, group * queries() + i, chunk, seen_[t]);
     }
   }
 
@@ -437,6 +440,23 @@ class Session {
   std::unique_ptr<Room> desk_room_;
   std::vector<Desk> desks_;
 };
+
+// The sum of all integers of memory whose bytes are a multiple of 64: it is read once, in order.
+inline uint32_t added_up(const char* from, int64_t bytes) {
+  constexpr int AT_ONCE = 4;
+  U acc[AT_ONCE] = {};
+  int64_t i = 0, step = AT_ONCE * int64_t(sizeof(U));
+  for (; i + step <= bytes; i += step) {
+    for (int64_t line = 0; line < step; line += 64) prefetch(from + i + line + PREFETCH_BYTES);
+    GPT_UNROLL
+    for (int a = 0; a < AT_ONCE; a++) acc[a] += load<U>(from + i + a * int64_t(sizeof(U)));
+  }
+  for (; i < bytes; i += int64_t(sizeof(U))) acc[0] += load<U>(from + i);
+  U all_of_it = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  uint32_t total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += all_of_it[lane];
+  return total;
+}
 
 // Many vectors times one packed matrix.
 constexpr int64_t CACHED_BYTES = 1 << 20;  // of activations that stay near while rows go by
@@ -597,6 +617,17 @@ void gpt_unpack(const gpt::Linear* linear, int8_t* codes, void* scales, uint16_t
 // Rows of a packed matrix as floats: to (count, columns).
 void gpt_rows(const gpt::Linear* linear, const int64_t* rows, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i++) gpt::copy_row(*linear, rows[i], to + i * linear->columns);
+}
+
+// The sum of `bytes`, a multiple of 64, as 32-bit integers; read once, each thread its part.
+uint32_t gpt_added_up(const void* from, int64_t bytes, int threads) {
+  std::atomic<uint32_t> total{0};
+  gpt::Pool::of_this_process().run(threads, [&](int thread, gpt::Team& team) {
+    int64_t begin = bytes / 64 * thread / team.threads() * 64;
+    int64_t end = bytes / 64 * (thread + 1) / team.threads() * 64;
+    total += gpt::added_up(static_cast<const char*>(from) + begin, end - begin);
+  });
+  return total.load();
 }
 
 // Ask for large pages under what is about to be written, where the system has them.

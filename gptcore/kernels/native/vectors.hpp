@@ -144,7 +144,14 @@ inline float largest(F x) {
 }
 
 // bfloat16 is the upper half of a float.
-inline F widen(Half x) { return bits<F>(__builtin_convertvector(x, U) << 16); }
+inline F widen(Half x) {
+#if defined(GPT_AVX512)  // which GCC does in two halves by itself
+  __m512i wide = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x));
+  return bits<F>(reinterpret_cast<U>(wide) << 16);
+#else
+  return bits<F>(__builtin_convertvector(x, U) << 16);
+#endif
+}
 inline float widen(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
 
 inline uint16_t narrow(float x) {  // to the nearest bfloat16, ties to even
@@ -240,6 +247,7 @@ inline I dot(I acc, Bytes w, const int8_t* x) {
 }
 #endif
 
-inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 3); }
+// Into the second cache: the first has too few places for what is under way.
+inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 }  // namespace gpt
