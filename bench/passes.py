@@ -36,11 +36,11 @@ from torch import Tensor
 from bench.results import RESULTS, into_readme
 from gptcore import weights
 from gptcore.catalogue import Catalogue
-from gptcore.device import Placement
+from gptcore.device import Placement, cpu_name, trim_heap
 from gptcore.kernels.step import adopt
 from gptcore.linears import stored_bytes
 from gptcore.measure.corpora import evaluation_text
-from gptcore.measure.memory import trim_heap, weight_bytes
+from gptcore.measure.memory import weight_bytes
 from gptcore.measure.perplexity import Passage, Windowing, model_logits, nll_of, passage
 from gptcore.model import GPT
 from gptcore.passes import awq, calibrate, cluster, gptq, low_rank, prune, shrink
@@ -127,6 +127,8 @@ class Line:
     """How many windows were scored, evenly spread over the text's first tokens; 0: the first."""
     calibration_hash: str = ""
     """Of the token ids."""
+    cpu: str = ""
+    """On which the seconds were spent."""
 
 
 def perplexity(limit: float, of: str = "") -> Target:
@@ -441,6 +443,7 @@ class Bench:
             seconds=seconds,
             solver_s=stopwatch.seconds,
             load=os.getloadavg()[0],
+            cpu=cpu_name(),
             windows=len(self.passage.windows) if self.scope else 0,
             calibration_hash=text_hash(self.calibration)
             if any(one.needs_calibration for one in case.passes)
@@ -493,8 +496,8 @@ def markdown(head: str, lines: dict[str, Line]) -> str:
         head,
         "",
         "| pass | × perplexity (± se of ln) | KL | × stored | × resident | its layers × | "
-        "bits a weight | KV × | coverage | calibrated on | s | solvers s | target: measured |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "bits a weight | KV × | coverage | calibrated on | s | solvers s | on | target: measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
         if (line := lines.get(case.name)) is None:
@@ -514,6 +517,7 @@ def markdown(head: str, lines: dict[str, Line]) -> str:
             calibrated_on(line),
             f"{line.seconds:.0f}",
             f"{line.solver_s:.1f}",
+            line.cpu,
             "; ".join(verdict(one, line, lines) for one in case.targets),
         )
         rows.append(f"| {' | '.join(cells)} |")
@@ -564,7 +568,7 @@ def main() -> None:
         f"{bench.base_perplexity:.3f} on {bench.scope}the first {options.tokens:,} tokens of "
         f"{bench.text};"
         f" calibration text of {bench.calibration.numel():,} tokens "
-        f"({text_hash(bench.calibration)[:19]}). {machine.cpu}, {options.threads} thread(s), "
+        f"({text_hash(bench.calibration)[:19]}). {options.threads} thread(s), "
         f"torch {machine.torch}."
     )
     print(head, flush=True)

@@ -65,6 +65,7 @@ class Ours(Program):
         from gptcore import __version__
         from gptcore.catalogue import Catalogue
         from gptcore.engine import Engine
+        from gptcore.measure.memory import dropping
         from gptcore.passes.base import PassContext
         from gptcore.paths import models_dir
         from gptcore.recipe import Recipe, place
@@ -79,9 +80,9 @@ class Ours(Program):
             made = build_random(spec, placement)
         else:
             checkpoint = Catalogue(models_dir()).checkpoint(model)
-            spec, made = checkpoint.spec, build(checkpoint, placement)
+            spec, made = checkpoint.spec, build(checkpoint, placement, dropping())
         for one in passes.passes:
-            made = one.apply(made, PassContext(placement=placement))
+            made = one.apply(made, PassContext(placement=placement, progress=dropping()))
         self.engine = Engine(made, byte_tokenizer(spec.vocabulary))
         self.name = f"gptcore {__version__}, {precision}" + (f", {passes}" if recipe else "")
         self._cache = self.engine.model.new_cache(1)

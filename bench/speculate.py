@@ -26,6 +26,7 @@ import numpy as np
 from bench.decode import SMOLLM2
 from bench.results import RESULTS, conditions, keep
 from bench.sides import ROOT, pin
+from gptcore.device import cpu_name
 from gptcore.records import Message, Request
 
 PASSAGE_CHARS = 320
@@ -96,6 +97,7 @@ def main() -> None:
         found = outcomes(*SIDES[side], asked, options.threads)
         rows[side] = {kind: summary(found, kind) for kind in ("copying", "others")}
         rows[side]["at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        rows[side]["cpu"] = cpu_name()
         rows[side]["outcomes"] = [asdict(one) for one in found]
         print(f"{side}: done", flush=True)
     result = {
@@ -190,7 +192,7 @@ def markdown(result: dict[str, object]) -> str:
             low, high = one["quartiles"]
             right = "–" if one["accepted_ratio"] is None else f"{one['accepted_ratio']:.0%}"
             lines.append(
-                f"| {side} | {kinds['at'][:10]} | {kind} | "
+                f"| {side} | {kinds['at'][:10]}, {kinds['cpu']} | {kind} | "
                 f"{one['ratio']:.2f}× ({low:.2f}–{high:.2f}) | "
                 f"{one['tokens_per_step']:.2f} | {right} of {one['guessed_tokens']:,} | "
                 f"{one['identical']} of {one['prompts']} |"

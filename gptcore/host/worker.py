@@ -18,14 +18,14 @@ import numpy as np
 
 from gptcore import parallel
 from gptcore.catalogue import Catalogue
-from gptcore.device import free_bytes, limit_spinning
+from gptcore.device import free_bytes, limit_spinning, trim_heap
 from gptcore.errors import Cancelled, DoesNotFit, GptcoreError, InvalidInput, InvalidWeights
 from gptcore.fit import fit
 from gptcore.host.lock import device_lock
 from gptcore.host.sitting import Job, Sitting, decode_cost, ended, finish, judged
 from gptcore.host.wire import READING
 from gptcore.measure.calibration import named_text, rows, with_text
-from gptcore.measure.memory import PeakMemory, dropping, trim_heap, weight_bytes
+from gptcore.measure.memory import PeakMemory, dropping, weight_bytes
 from gptcore.measure.peaks import peak_bandwidth
 from gptcore.passes.base import PassContext
 from gptcore.processes import Processes

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from gptcore.device import trim_heap
 from gptcore.kernels.library import CLinear, Format, library
 from gptcore.linears.embedding import PackedEmbedding
 from gptcore.linears.grid import Quantized
@@ -48,6 +49,7 @@ class Arena:
         """Return so many bytes, aligned to a cache line; they live as long as they are used."""
         nbytes += -nbytes % ALIGNMENT
         if nbytes > self._slab.numel():
+            trim_heap()  # the layers that were taken over meanwhile were small, and freed
             size = max(self.SLAB, nbytes)
             memory = torch.empty(size + self.LARGE_PAGE, dtype=torch.uint8)
             self._slab = memory[-memory.data_ptr() % self.LARGE_PAGE :][:size]

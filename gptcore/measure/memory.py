@@ -12,22 +12,17 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from gptcore.device import trim_heap
+
 if TYPE_CHECKING:
     from torch import nn
 
 INTERVAL_S = 0.01
 
 
-def trim_heap() -> None:
-    """Give freed heap pages back to the system at once, where the C library can (glibc)."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
 MADV_DONTNEED = 4
-DROP_EVERY = 0.01
-"""The share of a load or pass after which the weight files' pages are let go of."""
+DROP_BYTES = 24 * 2**20
+"""How much may come into memory before what is not needed any more is let go of."""
 UNWRITTEN = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) .* (?P<file>/.*)\n(?:[A-Z].*\n)*?Anonymous: +0 kB$", re.MULTILINE
 )
@@ -51,17 +46,23 @@ def drop_mapped_weights(suffix: str = ".safetensors") -> None:
 
 
 def dropping() -> Callable[[float], None]:
-    """Return what lets go of the weight files' pages, each time that so much more is done.
+    """Return what frees a load's or a pass's memory whenever much came in since the last time.
 
-    A layer that was converted is there twice otherwise: as it was in its file, and as it is now.
+    A layer that was converted is there twice otherwise: as it was, in its file or on the heap, and
+    as it is now. To look for what may be let go of takes 10 to 60 ms, so it is not done at every
+    step.
     """
-    due = DROP_EVERY
+    process = psutil.Process()
+    least: int = process.memory_info().rss
+    """Right after the last time."""
 
     def drop(ratio: float) -> None:
-        nonlocal due
-        if ratio >= due:
-            due = ratio + DROP_EVERY
+        nonlocal least
+        allowed = DROP_BYTES if ratio < 1 else 0
+        if process.memory_info().rss > least + allowed:
             drop_mapped_weights()
+            trim_heap()
+            least = process.memory_info().rss
 
     return drop
 

@@ -57,6 +57,7 @@ def pack_linears(model: GPT, choose: Choose, fill: Fill, context: PassContext) -
     for name, linear in model.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
+        context.progress(0.0)  # all weights are looked at here, and may be let go of again
         refuse_nan(name, linear.weight)
         total += linear.weight.numel()
         found = choose(name, linear)

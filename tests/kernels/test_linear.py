@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from gptcore import kernels
 from gptcore.device import Placement
-from gptcore.kernels.linear import Arena, Matrix, NativeEmbedding, NativeLinear, fits, take_over
 from gptcore.kernels.library import library
+from gptcore.kernels.linear import Arena, Matrix, NativeEmbedding, NativeLinear, fits, take_over
 from gptcore.linears import resident_bytes, stored_bytes
 from gptcore.linears.embedding import PackedEmbedding
 from gptcore.linears.grid import Grid, Quantized

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gptcore.device import trim_heap
 from gptcore.errors import InvalidInput
 from gptcore.linears import Stored, quantized, resident_bytes, stored_bytes
 from gptcore.linears.embedding import PackedEmbedding
@@ -27,7 +28,6 @@ from gptcore.linears.quantized import (
     TiledInt4Linear,
     int8_bytes,
 )
-from gptcore.measure.memory import trim_heap
 
 ROWS = Grid(8, symmetric=True, dtype=torch.float32)
 HALF_ROWS = Grid(8, symmetric=True)

@@ -6,9 +6,10 @@ import psutil
 import torch
 from torch.nn import functional as F
 
+from gptcore.device import trim_heap
 from gptcore.engine import decode, prefill
 from gptcore.kernels.step import adopt
-from gptcore.measure.memory import PeakMemory, trim_heap
+from gptcore.measure.memory import PeakMemory
 from gptcore.model import GPT
 from gptcore.passes.base import PassContext
 from gptcore.recipe import Recipe, place
