@@ -5,7 +5,7 @@ from playwright.sync_api import expect
 
 from pages.parts.compare_state import Side, Wanted
 from pages.parts.permalink import pack
-from tests.e2e.conftest import TINY, Server, Visit, ready, until
+from tests.e2e.conftest import TINY, Server, Visit, ready
 
 pytestmark = pytest.mark.browser
 
@@ -32,7 +32,7 @@ def test_a_recipe_is_typed_and_texts_are_laid_over_each_other(server: Server, vi
     page.keyboard.type("prune(sparsity=0.25)")
     page.keyboard.press("Enter")
     expect(page.get_by_text("int8 and int4 both quantize; choose one")).to_have_count(0)
-    until(lambda: page.url != before)  # the choice stands in the address now
+    expect(page).not_to_have_url(before)  # the choice stands in the address now
     page.reload()
     expect(recipe).to_have_value("prune(sparsity=0.25)")
     page.get_by_role("button", name="Write on all sides").click()

@@ -1,5 +1,7 @@
 """Optimize in a real browser: two clicks to a proof that a reload keeps."""
 
+import re
+
 import pytest
 from playwright.sync_api import expect
 
@@ -18,7 +20,7 @@ def test_a_press_makes_a_variant_and_its_card_survives_a_reload(
     page.get_by_role("button", name="Optimize", exact=True).click()
     expect(page.get_by_role("button", name="Close")).to_be_visible(timeout=120_000)
     expect(page.get_by_text("made in").first).to_be_visible()
-    assert "proof=" in page.url
+    expect(page).to_have_url(re.compile("proof="))
     page.get_by_role("tab", name="Damage map").click()
     expect(page.get_by_text("Signal to noise of each layer's weights")).to_be_visible()
     page.reload()

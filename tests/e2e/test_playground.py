@@ -58,6 +58,7 @@ def ended(page: Page) -> None:
 
 
 def run_of(page: Page) -> str:
+    expect(page).to_have_url(re.compile("run="))
     return parse_qs(urlsplit(page.url).query)["run"][0]
 
 
