@@ -153,7 +153,8 @@ inline void soften(float* scores, int64_t count, float& most, float& total) {
 // `q` holds their queries one after the other, `weights` has room for HEADS_AT_ONCE chunks.
 template <int HEADS, typename T>
 inline void look(const float* q, const T* keys, const T* values, int64_t width, int64_t count,
-                 bool far, float* weights, int64_t stride, int64_t head, int64_t chunk, const Partial& to) {
+                 bool far, float* weights, int64_t stride, int64_t head, int64_t chunk,
+                 const Partial& to) {
   score<HEADS>(q, keys, values, width, count, far, weights, stride);
   int64_t first = head * MOST_CHUNKS + chunk;
   GPT_UNROLL
