@@ -2,9 +2,9 @@
 
     python -m bench.estimates [--model smollm2-135m] [--only int8] [--threads 1]
 
-Bytes and peak (beyond what the process held before) are told by arithmetic, seconds by trying the
-passes on a few blocks of random weights; both as the page does it. Then the recipe is made of the
-real model. Each recipe has a process of its own, so that one's memory is not another's.
+Bytes are told by arithmetic, seconds and peak memory (beyond what the process held before) by
+trying the passes on a few blocks; both as the page does it. Then the recipe is made of the whole
+model. Each recipe has a process of its own, so that one's memory is not another's.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def measured(model: str, recipe: str, threads: int) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "seconds": {"said": tried.result["seconds"], "taken": sum(loaded.passes_s.values())},
         "resident_bytes": {"said": said.weights_bytes_after, "taken": loaded.resident_bytes},
-        "peak_bytes": {"said": said.peak_bytes, "taken": peak - before if peak else None},
+        "peak_bytes": {
+            "said": tried.result["peak_bytes"],
+            "taken": peak - before if peak else None,
+        },
         "stored_bytes": stored_bytes(loaded.engine.model),
     }
 

@@ -57,7 +57,7 @@ class Ours(Program):
         sys.path.insert(0, str(ROOT))
         if not native:
             os.environ["GPTLAB_KERNELS"] = "off"
-        from gptcore.device import limit_spinning
+        from gptcore.device import limit_spinning, trim_heap
 
         limit_spinning()
         import torch
@@ -80,10 +80,13 @@ class Ours(Program):
             made = build_random(spec, placement)
         else:
             checkpoint = Catalogue(models_dir()).checkpoint(model)
-            spec, made = checkpoint.spec, build(checkpoint, placement, dropping())
+            as_stored = any(one.converts for one in passes.passes[:1])
+            spec = checkpoint.spec
+            made = build(checkpoint, placement, dropping(), as_stored=as_stored)
         for one in passes.passes:
             made = one.apply(made, PassContext(placement=placement, progress=dropping()))
         self.engine = Engine(made, byte_tokenizer(spec.vocabulary))
+        trim_heap()  # as the program does
         self.name = f"gptcore {__version__}, {precision}" + (f", {passes}" if recipe else "")
         self._cache = self.engine.model.new_cache(1)
 

@@ -349,7 +349,9 @@ class Worker:
                 "choose the model again."
             )
         context.tokenizer = self._catalogue.tokenizer(model_name)
-        return weights.build(checkpoint, placement, progress), context, 0, checkpoint
+        as_stored = any(one.converts for one in variant.recipe.passes[:1])
+        model = weights.build(checkpoint, placement, progress, as_stored=as_stored)
+        return model, context, 0, checkpoint
 
     def _has_random(self, variant: Variant) -> bool:
         """Whether the weights are made up, and the model's name is that of a shape."""

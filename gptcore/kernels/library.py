@@ -114,7 +114,7 @@ FUNCTIONS = {
     "gpt_packed_bytes": (c_int64, (c_int, c_int64, c_int64, c_int)),
     "gpt_pack": (
         None,
-        (c_int, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+        (c_int, c_int64, c_int64, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int),
     ),
     "gpt_unpack": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int)),
     "gpt_rows": (None, (POINTER(CLinear), c_void_p, c_int64, c_void_p)),

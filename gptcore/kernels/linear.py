@@ -10,8 +10,8 @@ Letters of shapes: N rows (outputs), K columns (inputs), G groups of a row.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from gptcore.linears.quantized import (
 )
 
 ALIGNMENT = 64
+BLOCK = 16
+"""Rows of a packed matrix that lie interleaved."""
 GROUPS = (64, 32)
 """Columns that share a scale of their activations, those that are tried first."""
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,7 +42,7 @@ class Arena:
     """Memory for the packed layers of a model, on large pages where the system has them."""
 
     LARGE_PAGE = 1 << 21
-    SLAB = 1 << 25
+    SLAB = 1 << 22
 
     def __init__(self) -> None:
         self._slab = torch.empty(0, dtype=torch.uint8)
@@ -64,11 +66,23 @@ class Matrix:
     Attributes:
         packed: the bytes.
         group: columns that share a scale of the activations.
+        scale_dtype: of the numbers that it was made of; a scale a row is kept as float32.
     """
 
     def __init__(self, packed: Tensor, rows: int, columns: int, format: Format, group: int) -> None:
         self.packed, self.rows, self.columns = packed, rows, columns
         self.format, self.group = format, group
+        self.scale_dtype = torch.float32 if format is Format.INT8_ROWS else torch.bfloat16
+
+    @classmethod
+    def empty(
+        cls, rows: int, columns: int, format: Format, group: int, arena: Arena | None = None
+    ) -> Self:
+        """Return a matrix whose rows are still to be written, in the arena if there is one."""
+        assert group in GROUPS, group
+        size = library().gpt_packed_bytes(format, rows, columns, group)
+        packed = torch.empty(size, dtype=torch.uint8) if arena is None else arena.take(size)
+        return cls(packed, rows, columns, format, group)
 
     @classmethod
     def of(
@@ -80,40 +94,56 @@ class Matrix:
         group: int,
         arena: Arena | None = None,
     ) -> Self:
-        """Return a matrix of these numbers; nothing is rounded.
+        """Return a matrix of these numbers, see ``write``; nothing is rounded.
 
         Args:
             codes: (N, K) int8: -127 to 127, or 0 to 15 where there are zeros.
-            scale: (N,) float32 for whole rows, or (N, ⌈K / group⌉) bfloat16.
-            zero: as grouped scales, w = (code - 8) · scale + zero; None for 8 bits.
+            scale: for all rows.
+            zero: for all rows.
             group: 32 or 64.
             arena: where the bytes shall lie; in memory of their own if not given.
         """
-        assert group in GROUPS, group
         rows, columns = codes.shape
-        whole = Format.INT8_ROWS if scale.ndim == 1 else Format.INT8_GROUPS
-        format = whole if zero is None else Format.INT4
-        dtype = torch.float32 if format is Format.INT8_ROWS else torch.bfloat16
-        shape = (rows,) if format is Format.INT8_ROWS else (rows, -(-columns // group))
+        made = cls.empty(rows, columns, format_of(scale, zero), group, arena)
+        made.write(0, codes, scale, zero, middle=0 if zero is None else 8)
+        return made
+
+    def write(
+        self, begin: int, codes: Tensor, scale: Tensor, zero: Tensor | None, *, middle: int
+    ) -> None:
+        """Write some rows, the first of which begins a block.
+
+        Args:
+            begin: the first row, a multiple of 16.
+            codes: (R, K) bytes: ``middle`` and up to 127 more or less, or with zeros 7 more and 8
+                less.
+            scale: (R,) float32 for whole rows, or (R, ⌈K / group⌉) bfloat16.
+            zero: as grouped scales, w = (code - middle) · scale + zero; None for 8 bits.
+            middle: the code of no steps: 0 or 128 for 8 bits.
+        """
+        rows, groups = len(codes), -(-self.columns // self.group)
+        whole = self.format is Format.INT8_ROWS
+        assert begin % BLOCK == 0, begin
+        assert begin + rows <= self.rows, (begin, rows)
+        assert self.format is format_of(scale, zero), self.format
+        assert codes.shape[1] == self.columns, codes.shape
         for one in (scale,) if zero is None else (scale, zero):
-            assert one.dtype == dtype, one.dtype
-            assert one.shape == shape, one.shape
-        size = library().gpt_packed_bytes(format, rows, columns, group)
-        packed = torch.empty(size, dtype=torch.uint8) if arena is None else arena.take(size)
+            assert one.dtype == (torch.float32 if whole else torch.bfloat16), one.dtype
+            assert one.shape == ((rows,) if whole else (rows, groups)), one.shape
+        shift = (8 if self.format is Format.INT4 else 128) - middle
+        assert self.format is Format.INT4 or shift in (0, 128), middle
         codes, scale = codes.contiguous(), scale.contiguous()
         zero = None if zero is None else zero.contiguous()
+        sizes = self.format, rows, self.columns, self.group
         library().gpt_pack(
-            format,
-            rows,
-            columns,
-            group,
+            *sizes,
             codes.data_ptr(),
+            shift,
             scale.data_ptr(),
             None if zero is None else zero.data_ptr(),
-            packed.data_ptr(),
+            self.packed[library().gpt_packed_bytes(self.format, begin, *sizes[2:]) :].data_ptr(),
             torch.get_num_threads(),
         )
-        return cls(packed, rows, columns, format, group)
 
     def described(self, bias: Tensor | None = None, activation_bits: int = FINE_BITS) -> CLinear:
         """Return what the library knows of this matrix; it points here, and to the bias."""
@@ -194,21 +224,32 @@ class NativeLinear(PackedLinear):
     In a file it is what it was made of: ``kind`` and ``settings`` are those of that layer.
     """
 
-    def __init__(self, numbers: Quantized, bias: Tensor | None, arena: Arena | None = None) -> None:
+    def __init__(
+        self, numbers: Quantized | PackedLinear, bias: Tensor | None, matrix: Matrix
+    ) -> None:
         super().__init__(numbers, bias)
-        self.matrix = _matrix(numbers, arena)
-        self.packed_bytes += self.matrix.packed.nbytes
+        self.matrix = matrix
+        self.packed_bytes += matrix.packed.nbytes
         self.activation_bits = FINE_BITS
         self.bias32 = None if bias is None else bias.detach().float().contiguous()
-        self._scale_dtype = numbers.scale.dtype
+
+    @classmethod
+    def of(cls, numbers: Quantized, bias: Tensor | None, arena: Arena | None = None) -> Self:
+        """Return a layer of these numbers, which our format ``fits``."""
+        matrix = _matrix(numbers.rows, (numbers,), arena)
+        assert matrix is not None
+        return cls(numbers, bias, matrix)
 
     @classmethod
     def in_place_of(cls, layer: PackedLinear, arena: Arena | None = None) -> Self | None:
-        """Return a layer of the same numbers, or None where they do not fit our format."""
-        numbers = layer.numbers()
-        if not fits(numbers):
+        """Return a layer of the same numbers, or None where they do not fit our format.
+
+        They are never there as a whole, where ``layer`` gives them by rows.
+        """
+        matrix = _matrix(layer.rows, layer.numbers_by_rows(), arena)
+        if matrix is None:
             return None
-        made = cls(numbers, layer.bias, arena)
+        made = cls(layer, layer.bias, matrix)
         made.kind, made._settings = layer.kind, layer.settings()  # type: ignore[misc]
         made.activation_bits = made._settings.get("activation_bits", FINE_BITS)
         return made
@@ -234,7 +275,7 @@ class NativeLinear(PackedLinear):
         """Return the codes, scales and zeros that this layer was made of."""
         codes, scale, zero = self.matrix.unpacked()
         if self.matrix.format is Format.INT8_ROWS:
-            scale = scale[:, None].to(self._scale_dtype)
+            scale = scale[:, None].to(self.matrix.scale_dtype)
         else:  # weights may share a scale more widely than activations
             step = self.group // self.matrix.group
             scale = scale[:, ::step].contiguous()
@@ -280,6 +321,13 @@ class NativeEmbedding(PackedEmbedding):
         return {} if self.tied else self.numbers().stored()
 
 
+def format_of(scale: Tensor, zero: Tensor | None) -> Format:
+    """Return the format of weights with these scales, a row each or some, and zeros."""
+    if zero is not None:
+        return Format.INT4
+    return Format.INT8_ROWS if scale.ndim == 1 else Format.INT8_GROUPS
+
+
 def fits(numbers: Quantized) -> bool:
     """Return whether our format holds these numbers exactly.
 
@@ -297,23 +345,27 @@ def fits(numbers: Quantized) -> bool:
     return numbers.bits <= 4 and numbers.zero is not None and grouped
 
 
-def _matrix(numbers: Quantized, arena: Arena | None) -> Matrix:
-    assert fits(numbers)
-    scale, zero = numbers.scale, numbers.zero
-    if numbers.bits == 8 and scale.shape[1] == 1:
-        codes = (numbers.codes ^ 128).view(torch.int8)
-        columns = codes.shape[1]
-        group = min(GROUPS, key=lambda one: -columns % one)  # the first of those that pad least
-        return Matrix.of(codes, scale[:, 0].float(), None, group=group, arena=arena)
-    group = next(one for one in GROUPS if numbers.group % one == 0)
-    times = numbers.group // group
-    scale = scale.repeat_interleave(times, dim=1)
-    if zero is None:
-        codes = (numbers.codes ^ 128).view(torch.int8)
-    else:
-        zero = zero.repeat_interleave(times, dim=1)
-        codes = (numbers.codes + (8 - 2 ** (numbers.bits - 1))).view(torch.int8)
-    return Matrix.of(codes, scale, zero, group=group, arena=arena)
+def _matrix(rows: int, pieces: Iterable[Quantized], arena: Arena | None) -> Matrix | None:
+    """Return the numbers that are given for some rows each, None where one does not fit."""
+    matrix, begin = None, 0
+    for numbers in pieces:
+        if not fits(numbers):
+            return None
+        scale, zero, columns = numbers.scale, numbers.zero, numbers.columns
+        if numbers.bits == 8 and scale.shape[1] == 1:
+            group = min(GROUPS, key=lambda one: -columns % one)  # the first of those that pad least
+            scale = scale[:, 0].float()
+        else:
+            group = next(one for one in GROUPS if numbers.group % one == 0)
+            times = numbers.group // group
+            scale = scale.repeat_interleave(times, dim=1)
+            zero = None if zero is None else zero.repeat_interleave(times, dim=1)
+        if matrix is None:
+            matrix = Matrix.empty(rows, columns, format_of(scale, zero), group, arena)
+            matrix.scale_dtype = numbers.scale.dtype
+        matrix.write(begin, numbers.codes, scale, zero, middle=2 ** (numbers.bits - 1))
+        begin += numbers.rows
+    return matrix
 
 
 def take_over(model: nn.Module) -> int:
@@ -323,17 +375,16 @@ def take_over(model: nn.Module) -> int:
     lets go of its own copy.
     """
     arena, taken = Arena(), 0
-    for parent in tuple(model.modules()):
-        for name, child in tuple(parent.named_children()):
-            if isinstance(child, TAKEN):
-                layer = NativeLinear.in_place_of(child, arena)
-                if layer is not None:
-                    setattr(parent, name, layer)
-                    taken += 1
+    for name in [name for name, one in model.named_modules() if isinstance(one, TAKEN)]:
+        replaced = cast(PackedLinear, model.get_submodule(name))
+        if layer := NativeLinear.in_place_of(replaced, arena):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+            taken += 1
     embedding, head = getattr(model, "embedding", None), getattr(model, "head", None)
     if type(embedding) is PackedEmbedding:
         if embedding.tied and isinstance(head, NativeLinear):
             model.embedding = NativeEmbedding(embedding, head)
         elif not embedding.tied and fits(numbers := embedding.numbers()):
-            model.embedding = NativeEmbedding(embedding, NativeLinear(numbers, None, arena))
+            model.embedding = NativeEmbedding(embedding, NativeLinear.of(numbers, None, arena))
     return taken

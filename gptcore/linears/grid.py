@@ -9,7 +9,7 @@ Letters of shapes: O outputs (rows), I inputs (columns), G groups of a row, g co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,19 @@ class Quantized:
     """(O, G), None on a symmetric grid."""
 
     @property
+    def rows(self) -> int:
+        """O."""
+        return self.codes.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """I."""
+        return self.codes.shape[1]
+
+    @property
     def group(self) -> int:
         """Columns that share a scale."""
-        return self.codes.shape[1] // self.scale.shape[1]
+        return self.columns // self.scale.shape[1]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights that the codes stand for, (O, I)."""
@@ -54,8 +64,7 @@ class Quantized:
     def stored_bytes(self) -> int:
         """What a file keeps: packed codes, scales, zeros."""
         zeros = 0 if self.zero is None else self.zero.nbytes
-        rows, columns = self.codes.shape
-        return rows * self.bits * -(-columns // 8) + self.scale.nbytes + zeros
+        return self.rows * self.bits * -(-self.columns // 8) + self.scale.nbytes + zeros
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors that a file keeps; ``from_stored`` reads them back."""
@@ -67,6 +76,18 @@ class Quantized:
         """Return what ``stored`` packed, as a matrix of so many columns."""
         codes = packing.unpack(tensors["codes"], bits, columns)
         return cls(bits, codes, tensors["scale"], tensors.get("zero"))
+
+
+def joined(pieces: Iterable[Quantized]) -> Quantized:
+    """Return the numbers of all rows, where those of some rows each are given."""
+    several = list(pieces)
+    zeros = [one.zero for one in several if one.zero is not None]
+    return Quantized(
+        several[0].bits,
+        torch.cat([one.codes for one in several]),
+        torch.cat([one.scale for one in several]),
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +147,35 @@ class Grid:
         """Return the numbers of the grid nearest to (…, g) float32 weights, as float32."""
         return decoded(self.encode(grouped, scale, zero), scale, zero, self.bits)
 
-    def quantize(self, weight: Tensor) -> Quantized:
+    def quantize(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Quantized:
         """Return each weight rounded to the nearest number of its group's grid.
 
         Args:
             weight: (O, I), any float type; the group divides I.
+            dtype: the type that the weights are brought to before; their own if not given.
+            progress: told the share of the rows that is done, every ``ROWS_AT_ONCE``.
 
         Error: half a step, (max − min of the group) / (2**bits − 1) / 2 a weight, or
         max|w| / (2**bits − 2) on a symmetric grid; and the rounding of scale and zero.
         """
-        pieces = []
-        for rows in torch.split(weight, ROWS_AT_ONCE):
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        scales, zeros = [], []
+        for begin in range(0, len(weight), ROWS_AT_ONCE):
+            rows = weight[begin : begin + ROWS_AT_ONCE].to(dtype or weight.dtype)
             grouped = rows.float().view(len(rows), -1, self.width(weight.shape[1]))
             scale, zero = self.fit(grouped)
-            pieces.append((self.encode(grouped, scale, zero).flatten(1), scale, zero))
-        codes, scales, zeros = zip(*pieces, strict=True)
-        zero = None if self.symmetric else torch.cat(zeros)
-        return Quantized(self.bits, torch.cat(codes), torch.cat(scales), zero)
+            codes[begin : begin + len(rows)] = self.encode(grouped, scale, zero).flatten(1)
+            scales.append(scale)
+            zeros += [] if zero is None else [zero]
+            if progress is not None:
+                progress((begin + len(rows)) / len(weight))
+        zero = torch.cat(zeros) if zeros else None
+        return Quantized(self.bits, codes, torch.cat(scales), zero)
 
 
 def decoded(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:

@@ -25,12 +25,14 @@ from torch.nn import functional as F
 
 from gptcore.device import cpu_flags
 from gptcore.errors import InvalidInput
-from gptcore.linears.grid import Quantized
+from gptcore.linears.grid import Quantized, joined
 
 ENGINES = ("x86", "fbgemm", "qnnpack")
 """Torch's int8 kernels that hold one byte a weight, the fastest first; a Mac has the last only."""
 ROW_MULTIPLE = 16
 """The int4 operation takes output rows in blocks of this many; the last block is padded."""
+PACKED_ROWS = 1024
+"""Rows of int4 weights that are packed at once, which takes four bytes a weight; whole blocks."""
 MANY_TOKENS = 96
 """From here on a float product was faster than the operations of 4- and of 8-bit weights."""
 PIECE_WEIGHTS = 2**21
@@ -50,21 +52,32 @@ class PackedLinear(nn.Module):
     kind: ClassVar[str]
     """Names the operation; what a file keeps beside the numbers."""
     bias: Tensor | None
+    bits: int
+    rows: int
+    columns: int
+    group: int
+    packed_bytes: int
+    """What is held in memory."""
+    stored_bytes: int
+    """What a file keeps: the bytes of ``stored``, without packing it."""
 
-    def __init__(self, numbers: Quantized, bias: Tensor | None) -> None:
+    def __init__(self, numbers: Quantized | PackedLinear, bias: Tensor | None) -> None:
+        """Take the shape and the bias; another layer of the same numbers tells the shape too."""
         super().__init__()
-        self.bits = numbers.bits
-        self.rows, self.columns = numbers.codes.shape
-        self.group = numbers.group
-        self.packed_bytes = 0
-        """What is held in memory."""
-        self.stored_bytes = numbers.stored_bytes + (0 if bias is None else bias.nbytes)
-        """What a file keeps: the bytes of ``stored``, without packing it."""
+        self.bits, self.group = numbers.bits, numbers.group
+        self.rows, self.columns = numbers.rows, numbers.columns
+        self.packed_bytes, self.stored_bytes = 0, numbers.stored_bytes
+        if bias is not None and isinstance(numbers, Quantized):
+            self.stored_bytes += bias.nbytes
         self._keep(bias=bias)
 
     def numbers(self) -> Quantized:
         """Return the codes, scales and zeros that this layer was made of."""
         raise AssertionError(f"{type(self).__name__} does not give its numbers back")
+
+    def numbers_by_rows(self) -> Iterator[Quantized]:
+        """Yield them for some rows after the others, as many as come easily."""
+        yield self.numbers()
 
     def make_ready(self) -> None:
         """Do now what the first use would otherwise have to wait for."""
@@ -312,13 +325,15 @@ class Int4Linear(WeightOnlyLinear):
         super().__init__(numbers, bias)
         assert numbers.zero is not None
         padded = self.rows + -self.rows % ROW_MULTIPLE
-        codes = torch.zeros(padded, self.columns, dtype=torch.int32)
-        codes[: self.rows] = numbers.codes
-        codes += self._shift
         scales = torch.zeros(self.columns // self.group, padded, 2, dtype=torch.bfloat16)
         scales[:, : self.rows, 0] = numbers.scale.T
         scales[:, : self.rows, 1] = numbers.zero.T
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        packed = torch.empty(padded, self.columns // 2, dtype=torch.uint8)
+        for begin in range(0, self.rows, PACKED_ROWS):  # blocks of rows lie one after the other
+            some = numbers.codes[begin : begin + PACKED_ROWS].int()
+            some = F.pad(some, (0, 0, 0, -len(some) % ROW_MULTIPLE)).add_(self._shift)
+            made = torch.ops.aten._convert_weight_to_int4pack_for_cpu(some, 1)
+            packed[begin : begin + len(some)] = made
         self._keep(packed=packed, scales=scales)
 
     @property
@@ -344,9 +359,15 @@ class Int4Linear(WeightOnlyLinear):
 
     def numbers(self) -> Quantized:
         """Return the codes, scales and zeros that this layer was made of."""
-        codes = torch.cat([codes.T for _, codes in self._codes()])[: self.rows] - self._shift
-        scale, zero = (one.T[: self.rows].contiguous() for one in self.scales.unbind(2))
-        return Quantized(self.bits, codes, scale, zero)
+        return joined(self.numbers_by_rows())
+
+    def numbers_by_rows(self) -> Iterator[Quantized]:
+        """Yield the numbers of whole blocks of rows, one after the other."""
+        scale, zero = (one.T[: self.rows] for one in self.scales.unbind(2))
+        for begin, codes in self._codes():
+            rows = slice(begin, begin + codes.shape[1])
+            some = codes.T[: self.rows - begin].contiguous().sub_(self._shift)
+            yield Quantized(self.bits, some, scale[rows].contiguous(), zero[rows].contiguous())
 
     def _codes(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the transposed codes, (I, some rows) uint8, of each piece."""

@@ -18,41 +18,61 @@ if TYPE_CHECKING:
     from torch import nn
 
 INTERVAL_S = 0.01
-
-
 MADV_DONTNEED = 4
 DROP_BYTES = 24 * 2**20
 """How much may come into memory before what is not needed any more is let go of."""
-UNWRITTEN = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) .* (?P<file>/.*)\n(?:[A-Z].*\n)*?Anonymous: +0 kB$", re.MULTILINE
-)
-"""A file's mapping in smaps, none of whose pages is this process's own."""
+MAPPED = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .* /.*\.safetensors$", re.MULTILINE)
+"""A weight file's mapping in /proc/self/maps, and its first line in smaps."""
+UNWRITTEN = re.compile(MAPPED.pattern + rb"\n(?:[A-Z].*\n)*?Anonymous: +0 kB$", re.MULTILINE)
+"""Such a mapping in smaps, none of whose pages is this process's own."""
 
 
-def drop_mapped_weights(suffix: str = ".safetensors") -> None:
-    """Take the pages of mapped weight files out of this process, on Linux.
+class MappedWeights:
+    """The mapped weight files of this process on Linux, whose pages can be let go of.
 
     What is looked at again comes back from the system's cache of the file. A mapping that was
-    written to is left alone: what was written would be lost.
+    written to before is left alone, since what was written would be lost; none may be written to
+    while this is used. To look for that takes 10 to 60 ms, so it is done again only where the
+    mappings changed.
     """
-    smaps = Path("/proc/self/smaps")
-    if not smaps.exists():
-        return
-    library = ctypes.CDLL(None)
-    for found in UNWRITTEN.finditer(smaps.read_bytes()):
-        begin, end = (int(one, 16) for one in found.group(1, 2))
-        if found["file"].endswith(suffix.encode()):
+
+    def __init__(self) -> None:
+        self._mapped: list[tuple[int, int]] = []
+        self._unwritten: list[tuple[int, int]] = []
+
+    def drop(self) -> None:
+        """Take their pages out of this process."""
+        mapped = self._ranges("maps", MAPPED)
+        if mapped != self._mapped:
+            self._unwritten = self._ranges("smaps", UNWRITTEN)
+            self._mapped = mapped
+        library = ctypes.CDLL(None)
+        for begin, end in self._unwritten:
             library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+
+    def own_bytes(self, model: nn.Module) -> int:
+        """Return the bytes of a model's weights that are in no mapped file."""
+        ranges = self._ranges("maps", MAPPED)
+        there = {
+            one.data_ptr(): one.nbytes
+            for one in model.parameters()
+            if any(begin <= one.data_ptr() < end for begin, end in ranges)
+        }
+        return weight_bytes(model)[0] - sum(there.values())
+
+    def _ranges(self, name: str, pattern: re.Pattern[bytes]) -> list[tuple[int, int]]:
+        file = Path("/proc/self", name)
+        found = pattern.findall(file.read_bytes()) if file.exists() else []
+        return [(int(begin, 16), int(end, 16)) for begin, end in found]
 
 
 def dropping() -> Callable[[float], None]:
     """Return what frees a load's or a pass's memory whenever much came in since the last time.
 
     A layer that was converted is there twice otherwise: as it was, in its file or on the heap, and
-    as it is now. To look for what may be let go of takes 10 to 60 ms, so it is not done at every
-    step.
+    as it is now.
     """
-    process = psutil.Process()
+    process, mapped = psutil.Process(), MappedWeights()
     least: int = process.memory_info().rss
     """Right after the last time."""
 
@@ -60,7 +80,7 @@ def dropping() -> Callable[[float], None]:
         nonlocal least
         allowed = DROP_BYTES if ratio < 1 else 0
         if process.memory_info().rss > least + allowed:
-            drop_mapped_weights()
+            mapped.drop()
             trim_heap()
             least = process.memory_info().rss
 
@@ -87,8 +107,8 @@ class PeakMemory:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            self._look()
+        self._look()
+        if not self._on_cuda:
             self._thread.start()
         return self
 

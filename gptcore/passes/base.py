@@ -111,6 +111,14 @@ class Pass(BaseModel):
         """Whether ``apply`` looks at the context's calibration text."""
         return False
 
+    @property
+    def converts(self) -> bool:
+        """Whether ``apply`` brings a model that is as its file has it to the precision itself.
+
+        It does so layer by layer, so that the model is never there as a whole in that precision.
+        """
+        return False
+
     def caution(self, spec: ModelSpec, placement: Placement) -> str | None:
         """Return what to know before this pass is chosen, in a sentence, or None."""
         return None

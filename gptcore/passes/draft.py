@@ -103,7 +103,7 @@ class DraftModel(Pass):
             assert isinstance(layer, nn.Linear)
             refuse_nan(name, layer.weight)
             parent, _, child = name.rpartition(".")
-            packed = NativeLinear(grid.quantize(layer.weight), layer.bias, arena)
+            packed = NativeLinear.of(grid.quantize(layer.weight), layer.bias, arena)
             setattr(draft.get_submodule(parent), child, packed)
             packed_bytes += packed.packed_bytes
             float_bytes += layer.weight.nbytes

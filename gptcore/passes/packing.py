@@ -18,11 +18,14 @@ from gptcore.passes.formats import Format
 from gptcore.passes.ranges import rounded
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from gptcore.linears.quantized import PackedLinear
     from gptcore.model import GPT
 
+ROWS_AT_ONCE = 512
+"""Of a matrix that is brought to another type."""
 Method = Literal["round", "gptq", "awq"]
 Choose = Callable[[str, "nn.Linear"], "Format | str"]
 """Given a layer's name and the layer: its format, or why it is left as it is."""
@@ -126,13 +129,32 @@ def replace(model: nn.Module, name: str, by: nn.Module) -> None:
 def _round(model: GPT, formats: dict[str, Format], context: PassContext) -> None:
     from torch import nn
 
+    dtype, parts = next(model.norm.parameters()).dtype, len(formats) + 1
     for done, (name, format) in enumerate(formats.items()):
-        context.progress(done / len(formats))
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        numbers = format.grid().quantize(linear.weight.detach())
+        progress = partial(_tell, context, done, parts)
+        progress(0.0)
+        numbers = format.grid().quantize(linear.weight.detach(), dtype, progress)
         replace(model, name, format.layer(numbers, linear.bias, context.placement.device))
-        del linear
+        del linear, numbers
+    for one in model.parameters():
+        if one.dtype != dtype:
+            one.data = _converted(one.detach(), dtype, partial(_tell, context, parts - 1, parts))
+
+
+def _tell(context: PassContext, done: int, parts: int, ratio: float) -> None:
+    """Tell how much is done, after so many parts and a share of the next."""
+    context.progress((done + ratio) / parts)
+
+
+def _converted(matrix: Tensor, dtype: torch.dtype, progress: Callable[[float], None]) -> Tensor:
+    """Return a matrix in another type; after some rows each it may be let go of what was read."""
+    found = matrix.new_empty(matrix.shape, dtype=dtype)
+    for begin in range(0, len(matrix), ROWS_AT_ONCE):
+        found[begin : begin + ROWS_AT_ONCE] = matrix[begin : begin + ROWS_AT_ONCE]
+        progress(begin / len(matrix))
+    return found
 
 
 def _gptq(model: GPT, formats: dict[str, Format], context: PassContext, ids: Tensor) -> None:

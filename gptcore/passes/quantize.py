@@ -69,6 +69,11 @@ class Quantizer(Pass):
         """Whether the method looks at the context's calibration text."""
         return self.method != "round"
 
+    @property
+    def converts(self) -> bool:
+        """Whether it does without a forward pass, and so without the model as a whole."""
+        return not self.needs_calibration
+
     def blocked_by(self, spec: ModelSpec, placement: Placement) -> str | None:
         """Return why no layer of that shape can be packed there, or None."""
         if sentence := self._misplaced(placement):

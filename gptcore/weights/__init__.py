@@ -129,11 +129,24 @@ def empty(spec: ModelSpec) -> GPT:
         return GPT(spec)
 
 
-def build(checkpoint: Checkpoint, placement: Placement, progress: Progress = silent) -> GPT:
+def build(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    progress: Progress = silent,
+    *,
+    as_stored: bool = False,
+) -> GPT:
     """Return the model with its weights, on its device and in its precision.
 
     Weights that need no conversion are used straight from the mapped files, so that no second
     copy of the model is in memory at any moment.
+
+    Args:
+        checkpoint: what to read.
+        placement: where to, and as what.
+        progress: told the share of the tensors that is there.
+        as_stored: on a CPU, leave mapped weights in the type of their file, for a pass that
+            ``converts`` the model itself.
 
     Raises:
         InvalidWeights: the files changed or are damaged.
@@ -142,7 +155,13 @@ def build(checkpoint: Checkpoint, placement: Placement, progress: Progress = sil
 
     dtype = getattr(torch, huggingface.TORCH_DTYPES[placement.precision])
     model = empty(checkpoint.spec)
-    tensors = huggingface.tensors(checkpoint.directory, checkpoint.spec, dtype, placement.device)
+    tensors = huggingface.tensors(
+        checkpoint.directory,
+        checkpoint.spec,
+        dtype,
+        placement.device,
+        as_stored=as_stored and placement.device == "cpu",
+    )
     total = len(model.state_dict()) - checkpoint.spec.tied_head
     state = {}
     for done, (name, tensor) in enumerate(tensors, start=1):

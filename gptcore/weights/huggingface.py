@@ -381,9 +381,13 @@ def check_tensors(model: str, spec: ModelSpec, there: Mapping[str, tuple[int, ..
 
 
 def tensors(
-    directory: Path, spec: ModelSpec, dtype: torch.dtype, device: str
+    directory: Path, spec: ModelSpec, dtype: torch.dtype, device: str, *, as_stored: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (our name, tensor) in ``dtype`` on ``device``; mapped where nothing has to change."""
+    """Yield (our name, tensor) in ``dtype`` on ``device``; mapped where nothing has to change.
+
+    With ``as_stored``, which is for the CPU, matrices that lie as ours do stay mapped, in the type
+    of the file.
+    """
     from safetensors import SafetensorError, safe_open
 
     wanted: dict[str, list[str]] = {}
@@ -395,7 +399,10 @@ def tensors(
                 for full in opened.keys():  # noqa: SIM118  no mapping
                     name = bare(full, spec)
                     if name in wanted:
-                        tensor = opened.get_tensor(full).to(device=device, dtype=dtype)
+                        tensor = opened.get_tensor(full)
+                        mapped = tensor.ndim == 2 and not _turned(wanted[name], tensor, spec)
+                        if not (as_stored and mapped):
+                            tensor = tensor.to(device=device, dtype=dtype)
                         yield from _ours(wanted[name], tensor, spec)
     except (SafetensorError, OSError) as error:
         raise InvalidWeights(f"{directory.name} cannot be read: {error}.") from None
@@ -404,10 +411,15 @@ def tensors(
 def _ours(
     names: list[str], tensor: torch.Tensor, spec: ModelSpec
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    projection = ".attention." in names[0] or ".mlp." in names[0]
-    if spec.family == "gpt2" and projection and tensor.ndim == 2:
-        tensor = tensor.T.contiguous()  # Conv1D keeps (in, out)
+    if _turned(names, tensor, spec):
+        tensor = tensor.T.contiguous()
     yield from zip(names, tensor.chunk(len(names)), strict=True)
+
+
+def _turned(names: list[str], tensor: torch.Tensor, spec: ModelSpec) -> bool:
+    """Return whether the file has the matrix transposed: GPT-2's Conv1D keeps (in, out)."""
+    projection = ".attention." in names[0] or ".mlp." in names[0]
+    return spec.family == "gpt2" and projection and tensor.ndim == 2
 
 
 def _listed(names: Sequence[str]) -> str:

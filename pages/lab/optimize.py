@@ -275,14 +275,13 @@ def _prediction(lab: Lab, variant: Variant) -> None:
             help=f"In memory at most, from {shown.size(known.weights_bytes)}: arithmetic on the "
             "shape. The native step shares a tied embedding with the head and takes less.",
         )
-        st.metric("Peak memory", shown.size(known.peak_bytes), help="While the passes run.")
         if known.parameters != known.parameters_after:
             st.metric("Parameters", shown.parameters(known.parameters_after))
         if variant.recipe.passes and not variant.blocked_by:
-            st.fragment(errors.guarded(_time), run_every=1.0)(lab, variant)
+            st.fragment(errors.guarded(_tried), run_every=1.0)(lab, variant)
 
 
-def _time(lab: Lab, variant: Variant) -> None:
+def _tried(lab: Lab, variant: Variant) -> None:
     found = estimate_of(lab, variant)
     seconds = found["seconds"] if found else None
     value = "…" if found is None else shown.UNKNOWN
@@ -292,6 +291,12 @@ def _time(lab: Lab, variant: Variant) -> None:
         "Making it takes",
         value,
         help="Tried on a few blocks, and scaled; the proof comes on top.",
+    )
+    peak = shown.size(found["peak_bytes"]) if found else "…"
+    st.metric(
+        "Peak memory",
+        peak,
+        help="While the passes run, beyond what the program holds before; tried likewise.",
     )
 
 

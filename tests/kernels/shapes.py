@@ -111,7 +111,7 @@ def native(model: GPT, form: str) -> GPT:
     for name, layer in tuple(made.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, child = name.rpartition(".")
-            packed = NativeLinear(grid.quantize(layer.weight), layer.bias)
+            packed = NativeLinear.of(grid.quantize(layer.weight), layer.bias)
             packed.activation_bits = 8 if form == COARSE else 16
             setattr(made.get_submodule(parent), child, packed)
     return made

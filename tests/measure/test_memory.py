@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gptcore.device import Placement
-from gptcore.measure.memory import INTERVAL_S, PeakMemory, drop_mapped_weights, weight_bytes
+from gptcore.measure.memory import INTERVAL_S, MappedWeights, PeakMemory, weight_bytes
 from gptcore.model import GPT
 from gptcore.spec import ModelSpec, gpt
 from gptcore.weights import build_random
@@ -151,11 +151,11 @@ def test_the_pages_of_a_mapped_file_are_let_go_of_and_come_back(tmp_path: Path) 
         before = resident().rss
         assert sum(held[::4096]) == 0
         assert resident().rss > before + size // 2
-        drop_mapped_weights()
+        MappedWeights().drop()
         assert resident().rss < before + size // 2
         assert held[255] == 255
         held[7] = 42
-        drop_mapped_weights()
+        MappedWeights().drop()
         assert held[7] == 42  # a mapping that was written to is left alone
 
 

@@ -7,10 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from gptcore.catalogue import Catalogue
+from gptcore.device import Placement
 from gptcore.host.worker import Watcher, Worker
 from gptcore.measure.timing import Cell
 from gptcore.optimize.damage import BINS, histogram, of_weights, snr_db
@@ -22,10 +24,10 @@ from gptcore.optimize.proof import Goals, Prove, goals_met, void
 from gptcore.optimize.ready import READY
 from gptcore.passes.drop_layers import DropLayers
 from gptcore.passes.prune import Prune
-from gptcore.passes.quantize import Int8
+from gptcore.passes.quantize import Int4, Int8
 from gptcore.recipe import Calibration, Recipe, Variant
 from gptcore.records import Run, RunState, new_id, now
-from gptcore.spec import PRESETS, SMOLLM2_135M
+from gptcore.spec import PRESETS, SMOLLM2_135M, gpt
 from gptcore.work import Work
 from tests.tiny import tiny_checkpoint
 
@@ -274,6 +276,30 @@ def test_an_estimate_tries_every_pass_and_adds_up(catalogue: Catalogue) -> None:
     found = run.result["passes_s"]
     assert set(found) == {"drop_layers", "int8"}
     assert run.result["seconds"] == pytest.approx(sum(found.values()))
+    assert run.result["peak_bytes"] is not None
+
+
+def test_an_estimate_of_memory_grows_with_the_blocks_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a fifth of what the whole model took, whose weights are far above the noise."""
+    spec = gpt(12, 512, 8, context=128, vocabulary=512)
+    catalogue = Catalogue(tmp_path)
+    variant = Variant(
+        model="gpt2",
+        spec=spec,
+        weights_id="random:0",
+        placement=Placement(precision="bf16"),
+        recipe=Recipe(passes=(Int4(),)),
+    )
+    tried = performed(catalogue, Estimate(variant=variant)).result
+    assert tried is not None
+    before = psutil.Process().memory_info().rss
+    loaded = Worker("cpu", catalogue).load(variant, Watcher())
+    assert loaded.passes_peak_bytes is not None
+    taken = loaded.passes_peak_bytes - before
+    assert taken > 0.8 * spec.weights_bytes("bf16")
+    assert tried["peak_bytes"] == pytest.approx(taken, rel=0.2)
 
 
 def test_the_front_is_exact() -> None:

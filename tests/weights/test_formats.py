@@ -19,6 +19,8 @@ from gptcore.catalogue import RANDOM, Catalogue
 from gptcore.device import Placement
 from gptcore.errors import InvalidWeights
 from gptcore.model import GPT
+from gptcore.passes.base import PassContext
+from gptcore.passes.quantize import Int4, Int8Weights, Quantizer
 from gptcore.spec import PRESETS, ModelSpec
 from gptcore.tokenizer import load_tokenizer
 from gptcore.weights import Checkpoint
@@ -192,6 +194,34 @@ def test_progress_grows_to_one(path: Path, tmp_path: Path, monkeypatch: pytest.M
     assert told[-1] == 1.0
     assert told[:begun] == sorted(told[:begun])
     assert told[begun:] == sorted(told[begun:])
+
+
+@pytest.mark.parametrize(
+    "one", [Int8Weights(), Int8Weights(head=False), Int4(group=32), Int4(group=32, embedding=True)]
+)
+def test_a_pass_makes_the_same_of_weights_as_they_are_stored(
+    one: Quantizer, checkpoint: Checkpoint
+):
+    """Else the whole model would be there in bf16 before its first layer is packed."""
+    placement = Placement(precision="bf16", threads=1)
+    told: list[float] = []
+    at_once, streamed = (
+        weights.build(checkpoint, placement, as_stored=as_stored) for as_stored in (False, True)
+    )
+    assert one.converts
+    assert streamed.embedding.weight.dtype == torch.float32
+    assert streamed.norm.weight.dtype == torch.bfloat16
+    one.apply(at_once, PassContext(placement=placement))
+    one.apply(streamed, PassContext(placement=placement, progress=told.append))
+    assert told[-1] == 1.0
+    assert told == sorted(told)
+    assert {one.dtype for one in streamed.parameters()} <= {torch.bfloat16}
+    expected = at_once.state_dict()
+    assert expected.keys() == streamed.state_dict().keys()
+    for name, found in streamed.state_dict().items():
+        assert torch.equal(found, expected[name]), name
+    if not one.head and checkpoint.spec.tied_head:
+        assert streamed.head.weight is streamed.embedding.weight
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

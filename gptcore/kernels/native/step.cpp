@@ -487,26 +487,30 @@ inline void multiply_all(const Linear& l, const T* x, int64_t vectors, float* y,
   });
 }
 
-// Interleave the 16 rows of a block; `codes` is (rows, columns), −127 to 127 for int8, 0 to 15 for
-// int4. What fills up the last rows and columns counts as zero.
-inline void pack_block(int format, int64_t rows, int64_t columns, int group, const int8_t* codes,
-                       const void* scales, const uint16_t* zeros, int64_t block, uint8_t* to) {
+// Interleave the 16 rows of a block. `codes` is (rows, columns); with `shift` added, in a byte, they
+// are 1 to 255 for int8 and 0 to 15 for int4. What fills up the last rows and columns counts as zero.
+inline void pack_block(int format, int64_t rows, int64_t columns, int group, const uint8_t* codes,
+                       uint8_t shift, const void* scales, const uint16_t* zeros, int64_t block,
+                       uint8_t* to) {
   int64_t groups = groups_of(columns, group), first = block * BLOCK;
   std::memset(to, 0, size_t(block_bytes(format, columns, group)));
   int64_t whole = 0;
-  if (format != INT4 && first + BLOCK <= rows)  // four columns of a row lie together
+  if (format != INT4 && first + BLOCK <= rows) {  // four columns of a row lie together
+    const uint32_t flips = 0x01010101u * shift;   // 0 or 128, which is added without a carry
     for (; whole + 4 <= columns; whole += 4)
       for (int64_t r = 0; r < BLOCK; r++)
         store(to + whole * BLOCK + r * 4,
-              load<uint32_t>(codes + (first + r) * columns + whole) ^ 0x80808080u);
+              load<uint32_t>(codes + (first + r) * columns + whole) ^ flips);
+  }
   for (int64_t k = whole; k < groups * group; k++)
     for (int64_t r = 0; r < BLOCK; r++) {
       bool inside = first + r < rows && k < columns;
-      int code = inside ? codes[(first + r) * columns + k] : format == INT4 ? 8 : 0;
+      int middle = format == INT4 ? 8 : 128;
+      uint8_t code = inside ? uint8_t(codes[(first + r) * columns + k] + shift) : uint8_t(middle);
       if (format == INT4)
         to[place_of(format, r, k)] |= uint8_t(code << half_of(k));
       else
-        to[place_of(format, r, k)] = uint8_t(code + 128);
+        to[place_of(format, r, k)] = code;
     }
   uint8_t* behind = to + integer_bytes(format, columns, group);
   for (int64_t r = 0; r < BLOCK && first + r < rows; r++) {
@@ -594,11 +598,11 @@ int64_t gpt_packed_bytes(int format, int64_t rows, int64_t columns, int group) {
   return gpt::blocks_of(rows) * gpt::block_bytes(format, columns, group);
 }
 
-void gpt_pack(int format, int64_t rows, int64_t columns, int group, const int8_t* codes,
+void gpt_pack(int format, int64_t rows, int64_t columns, int group, const uint8_t* codes, int shift,
               const void* scales, const uint16_t* zeros, uint8_t* to, int threads) {
   gpt::Pool::of_this_process().run(threads, [&](int thread, gpt::Team& team) {
     team.share(thread, gpt::blocks_of(rows), [&](int64_t block) {
-      gpt::pack_block(format, rows, columns, group, codes, scales, zeros, block,
+      gpt::pack_block(format, rows, columns, group, codes, uint8_t(shift), scales, zeros, block,
                       to + block * gpt::block_bytes(format, columns, group));
     });
   });
