@@ -1,4 +1,4 @@
-"""Decode beside llama.cpp and transformers, in turns: the same weights, the same tokens.
+"""Decode beside llama.cpp, OpenVINO and transformers, in turns: the same weights and tokens.
 
 For each model and each length of context, every side decodes the same 128 tokens behind the same
 prompt; the order of the sides is drawn anew each round, so that a drift of the machine meets all.
@@ -28,7 +28,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bench import gguf_files
+from bench import gguf_files, graph_files
 from bench.results import keep
 from bench.sides import ROOT, Side, installed, pin
 from gptcore.catalogue import Catalogue
@@ -106,6 +106,10 @@ def smollm2_sides(threads: int) -> dict[str, Side]:
             sides[f"llama.cpp {label}"] = Side(
                 "llama.cpp", file=str(file), label=label, threads=threads
             )
+    if installed("openvino-genai"):
+        gguf = next((models_dir() / SMOLLM2).glob("*.gguf"))
+        graph = graph_files.openvino_graph(gguf, kept("smollm2-openvino"))
+        sides["OpenVINO Q4_1"] = Side("openvino", graph=str(graph), label="Q4_1", threads=threads)
     if installed("transformers"):
         for one in ("fp32", "bf16"):
             sides[f"transformers {one}"] = Side(

@@ -1,8 +1,8 @@
-"""Prefill beside llama.cpp and transformers, in turns: seconds until the first logits of a prompt.
+"""Prefill beside llama.cpp, transformers, OpenVINO and ONNX Runtime, in turns: to the first logits.
 
 Every side reads the same 512 tokens of a text that ships into an empty cache, the order drawn anew
-each round. ``ratio_to_llama_cpp`` and ``ratio_to_transformers`` hold our fastest format against the
-fastest of theirs (transformers in bf16); of ours those count whose Kullback-Leibler divergence from
+each round. ``ratio_to_llama_cpp`` and the like hold our fastest format against the fastest of a
+peer's (transformers in bf16); of ours those count whose Kullback-Leibler divergence from
 the same weights in fp32 is at most ``decode.KL_LIMIT``, over the positions of ``decode.py``.
 Seconds are those of the wall; beside them stands what the threads of a side worked (CPU seconds),
 which other programs on the machine change less.
@@ -20,16 +20,22 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from bench.decode import KL_LIMIT, KL_TOKENS, SMOLLM2, divergences, smollm2_sides
+from bench import graph_files
+from bench.decode import KL_LIMIT, KL_TOKENS, SMOLLM2, divergences, kept, smollm2_sides
 from bench.results import keep
-from bench.sides import ROOT, Side, pin
+from bench.sides import ROOT, Side, installed, pin
 from gptcore.catalogue import Catalogue
 from gptcore.measure.statistics import compare
 from gptcore.paths import models_dir
 from gptcore.provenance import provenance
 from gptcore.tokenizer import load_tokenizer
 
-PEERS = {"ratio_to_llama_cpp": "llama.cpp", "ratio_to_transformers": "transformers bf16"}
+PEERS = {
+    "ratio_to_llama_cpp": "llama.cpp",
+    "ratio_to_transformers": "transformers bf16",
+    "ratio_to_openvino": "OpenVINO",
+    "ratio_to_onnxruntime": "ONNX Runtime",
+}
 
 
 @dataclass
@@ -118,6 +124,9 @@ def main() -> None:
     sides["ours int8, activations too"] = Side(
         "ours", model=SMOLLM2, precision="fp32", recipe=[few], threads=options.threads
     )
+    if installed("onnxruntime") and installed("onnx"):
+        graph = graph_files.onnx_graph(SMOLLM2, kept("smollm2.onnx"))
+        sides["ONNX Runtime fp32"] = Side("onnxruntime", file=str(graph), threads=options.threads)
     rows = {name: Row(name) for name in sides}
     draw = random.Random(0)
     for turn in range(options.rounds + 1):

@@ -225,6 +225,101 @@ class LlamaCpp(Program):
         return found.decode().strip(" |")
 
 
+class OpenVino(Program):
+    """OpenVINO's runtime with the graph that OpenVINO GenAI made of a GGUF file.
+
+    As its pipeline has it: a latency hint and the defaults of the processor, which are 8-bit keys
+    and values, and bf16 where there are instructions for it; the head reads the last token alone.
+    """
+
+    def __init__(self, graph: str, label: str, threads: int) -> None:
+        import openvino
+        from openvino import opset13
+
+        core, self._file = openvino.Core(), Path(graph).with_suffix(".bin")
+        model = core.read_model(graph)
+        head = model.outputs[0].get_node().input_value(0).get_node()
+        assert head.get_type_name() == "MatMul", head.get_type_name()
+        last = opset13.gather(head.input_value(0), np.array([-1]), np.array(1))
+        head.input(0).replace_source_output(last.output(0))
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        self._compiled = core.compile_model(model, "CPU", options)
+        self._request = self._compiled.create_infer_request()
+        version = metadata.version("openvino-genai")
+        self.name = f"OpenVINO (openvino-genai {version}), {label}"
+        self._known = 0
+
+    @override
+    def read(self, ids: Sequence[int]) -> None:
+        self._request.reset_state()
+        self._known = 0
+        self._after(ids)
+
+    @override
+    def step(self, id: int) -> np.ndarray:
+        return self._after((id,))
+
+    def _after(self, ids: Sequence[int]) -> np.ndarray:
+        known = self._known + len(ids)
+        inputs = {
+            "input_ids": np.array([ids], dtype=np.int64),
+            "attention_mask": np.ones((1, known), dtype=np.int64),
+            "position_ids": np.arange(self._known, known, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, dtype=np.int32),
+        }
+        self._known = known
+        found: np.ndarray = self._request.infer(inputs)[0][0, -1]
+        return found
+
+    @override
+    def step_bytes(self, known: int) -> int:
+        cache = self._request.query_state()
+        return self._file.stat().st_size + sum(one.state.data.nbytes for one in cache)
+
+    @override
+    def decoder(self) -> str:
+        precision = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+        cache = self._compiled.get_property("KV_CACHE_PRECISION")
+        return f"{precision.get_type_name()}, keys and values {cache.get_type_name()}"
+
+
+class OnnxRuntime(Program):
+    """ONNX Runtime with our export, which has no cache: it reads prompts, and all for a step."""
+
+    def __init__(self, file: str, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        self._file, self._input = Path(file), self._session.get_inputs()[0].name
+        self.name = f"ONNX Runtime {onnxruntime.__version__}, fp32"
+        self._ids: list[int] = []
+
+    @override
+    def read(self, ids: Sequence[int]) -> None:
+        self._ids = list(ids)
+        self._after()
+
+    @override
+    def step(self, id: int) -> np.ndarray:
+        self._ids.append(id)
+        return self._after()
+
+    def _after(self) -> np.ndarray:
+        ids = np.array([self._ids], dtype=np.int64)
+        found: np.ndarray = self._session.run(None, {self._input: ids})[0][0, -1]
+        return found
+
+    @override
+    def step_bytes(self, known: int) -> int:
+        return self._file.stat().st_size
+
+    @override
+    def decoder(self) -> str:
+        return "no cache"
+
+
 def first_token(kind: str, prompt: Sequence[int], **options: object) -> dict[str, float]:
     """Let a fresh process load a side and compute the first logits; return what that took.
 
@@ -271,6 +366,8 @@ KINDS: dict[str, type[Program]] = {
     "ours": Ours,
     "transformers": Transformers,
     "llama.cpp": LlamaCpp,
+    "openvino": OpenVino,
+    "onnxruntime": OnnxRuntime,
 }
 
 
