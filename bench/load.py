@@ -42,10 +42,9 @@ def sides() -> dict[str, tuple[str, dict[str, object]]]:
         for label, file in (("Q4_1", gguf), ("Q8_0", eight)):
             found[f"llama.cpp {label}"] = "llama.cpp", {"file": str(file), "label": label}
     if installed("transformers"):
-        found["transformers bf16"] = (
-            "transformers",
-            {"directory": directory, "precision": "bf16"},
-        )
+        for one in ("fp32", "bf16"):
+            options = {"directory": directory, "precision": one}
+            found[f"transformers {one}"] = "transformers", options
     return found
 
 
