@@ -43,7 +43,7 @@ def sides() -> dict[str, tuple[str, dict[str, object]]]:
             found[f"llama.cpp {label}"] = "llama.cpp", {"file": str(file), "label": label}
     if installed("transformers"):
         for one in ("fp32", "bf16"):
-            options = {"directory": directory, "precision": one}
+            options: dict[str, object] = {"directory": directory, "precision": one}
             found[f"transformers {one}"] = "transformers", options
     return found
 
