@@ -99,17 +99,20 @@ def smollm2_sides(threads: int) -> dict[str, Side]:
     }
     form = {"pass": "mixed_bits", "group": 32, "layers": "head:8"}
     sides[LIKE_Q4_1] = Side("ours", model=SMOLLM2, precision="bf16", recipe=[form], threads=threads)
+    gguf = next((models_dir() / SMOLLM2).glob("*.gguf"))
+    files = {"Q4_1": gguf}
     if installed("llama-cpp-python"):
-        gguf = next((models_dir() / SMOLLM2).glob("*.gguf"))
-        eight = gguf_files.requantized(gguf, kept("smollm2-Q8_0.gguf"), "Q8_0")
-        for label, file in (("Q4_1", gguf), ("Q8_0", eight)):
+        files["Q8_0"] = gguf_files.requantized(gguf, kept("smollm2-Q8_0.gguf"), "Q8_0")
+        for label, file in files.items():
             sides[f"llama.cpp {label}"] = Side(
                 "llama.cpp", file=str(file), label=label, threads=threads
             )
     if installed("openvino-genai"):
-        gguf = next((models_dir() / SMOLLM2).glob("*.gguf"))
-        graph = graph_files.openvino_graph(gguf, kept("smollm2-openvino"))
-        sides["OpenVINO Q4_1"] = Side("openvino", graph=str(graph), label="Q4_1", threads=threads)
+        for label, file in files.items():
+            graph = graph_files.openvino_graph(file, kept(f"smollm2-openvino-{label}"))
+            sides[f"OpenVINO {label}"] = Side(
+                "openvino", graph=str(graph), label=label, threads=threads
+            )
     if installed("transformers"):
         for one in ("fp32", "bf16"):
             sides[f"transformers {one}"] = Side(

@@ -495,12 +495,18 @@ inline void pack_block(int format, int64_t rows, int64_t columns, int group, con
   int64_t groups = groups_of(columns, group), first = block * BLOCK;
   std::memset(to, 0, size_t(block_bytes(format, columns, group)));
   int64_t whole = 0;
-  if (format != INT4 && first + BLOCK <= rows) {  // four columns of a row lie together
-    const uint32_t flips = 0x01010101u * shift;   // 0 or 128, which is added without a carry
-    for (; whole + 4 <= columns; whole += 4)
-      for (int64_t r = 0; r < BLOCK; r++)
-        store(to + whole * BLOCK + r * 4,
-              load<uint32_t>(codes + (first + r) * columns + whole) ^ flips);
+  if (first + BLOCK <= rows) {  // four columns of a row lie together
+    const uint32_t shifts = 0x01010101u * shift;
+    const int64_t at_once = format == INT4 ? 8 : 4;
+    for (; whole + at_once <= columns; whole += at_once)
+      for (int64_t r = 0; r < BLOCK; r++) {
+        const uint8_t* from = codes + (first + r) * columns + whole;
+        if (format == INT4)  // no sum is above 15
+          store(to + whole * (BLOCK / 2) + r * 4, (load<uint32_t>(from) + shifts) |
+                                                      (load<uint32_t>(from + 4) + shifts) << 4);
+        else  // 128 or nothing, which is added without a carry
+          store(to + whole * BLOCK + r * 4, load<uint32_t>(from) ^ shifts);
+      }
   }
   for (int64_t k = whole; k < groups * group; k++)
     for (int64_t r = 0; r < BLOCK; r++) {
