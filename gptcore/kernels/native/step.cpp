@@ -487,8 +487,8 @@ inline void multiply_all(const Linear& l, const T* x, int64_t vectors, float* y,
   });
 }
 
-// Interleave the 16 rows of a block. `codes` is (rows, columns); with `shift` added, in a byte, they
-// are 1 to 255 for int8 and 0 to 15 for int4. What fills up the last rows and columns counts as zero.
+// Interleave the 16 rows of a block. `codes` is (rows, columns); with `shift` added, in a byte, it is
+// 1 to 255 for int8 and 0 to 15 for int4. What fills up the last rows and columns counts as zero.
 inline void pack_block(int format, int64_t rows, int64_t columns, int group, const uint8_t* codes,
                        uint8_t shift, const void* scales, const uint16_t* zeros, int64_t block,
                        uint8_t* to) {
