@@ -381,7 +381,8 @@ def test_generate_has_the_promised_keys(tiny: Path, cli: Cli) -> None:
     bytes_per_s = found["mbu_bytes_per_step"] / found["tpot_s"]
     assert found["mbu_ratio"] == pytest.approx(bytes_per_s / found["mbu_peak_bytes_per_s"])
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert 10_000_000 < found["peak_memory_bytes"] <= usage * 1024
+    # The system adds up a process's pages by batches: its two counts may part by some.
+    assert 10_000_000 < found["peak_memory_bytes"] <= usage * 1024 + 2**20
     (run,) = runs()
     assert run.id == found["run_id"]
     assert (run.text, run.variant_hash) == (found["text"], found["variant"])
