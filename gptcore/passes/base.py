@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gptcore.tokenizer import Tokenizer
 
 
+ROWS_AT_ONCE = 512
+"""Of a matrix that is looked at, or brought to another type, where it may be in a mapped file."""
+
+
 class Stage(IntEnum):
     """When a pass runs; the order of the members is the only legal order in a recipe."""
 
@@ -72,19 +76,26 @@ class PassContext:
     """``sha256:…`` of these ids, for what is kept about the result."""
 
 
-def refuse_nan(name: str, weight: Tensor) -> None:
+def refuse_nan(name: str, weight: Tensor, looked: Callable[[], None] = lambda: None) -> None:
     """Refuse a layer's weights unless they are all numbers.
+
+    Args:
+        name: for the message.
+        weight: what is looked at.
+        looked: called after some rows each, which may be let go of again.
 
     Raises:
         NumericalError: NaN or infinity is among them.
     """
     import torch
 
-    if not weight.detach().sum(dtype=torch.float32).isfinite():
-        raise NumericalError(
-            f"{name} holds NaN or infinite weights, which no pass can work with: choose another "
-            "model."
-        )
+    for rows in torch.split(weight.detach(), ROWS_AT_ONCE):
+        if not rows.sum(dtype=torch.float32).isfinite():
+            raise NumericalError(
+                f"{name} holds NaN or infinite weights, which no pass can work with: choose "
+                "another model."
+            )
+        looked()
 
 
 class Pass(BaseModel):

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from gptcore.passes import awq, gptq
-from gptcore.passes.base import Coverage, Pass, PassContext, refuse_nan
+from gptcore.passes.base import ROWS_AT_ONCE, Coverage, Pass, PassContext, refuse_nan
 from gptcore.passes.calibrate import Statistics, calibrate, text_for
 from gptcore.passes.folding import Folding, shared, sites
 from gptcore.passes.formats import Format
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from gptcore.linears.quantized import PackedLinear
     from gptcore.model import GPT
 
-ROWS_AT_ONCE = 512
-"""Of a matrix that is brought to another type."""
 Method = Literal["round", "gptq", "awq"]
 Choose = Callable[[str, "nn.Linear"], "Format | str"]
 """Given a layer's name and the layer: its format, or why it is left as it is."""
@@ -60,8 +58,7 @@ def pack_linears(model: GPT, choose: Choose, fill: Fill, context: PassContext) -
     for name, linear in model.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
-        context.progress(0.0)  # all weights are looked at here, and may be let go of again
-        refuse_nan(name, linear.weight)
+        refuse_nan(name, linear.weight, partial(context.progress, 0.0))
         total += linear.weight.numel()
         found = choose(name, linear)
         if isinstance(found, str):
