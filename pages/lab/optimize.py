@@ -213,7 +213,10 @@ def before(lab: Lab, draft: Draft, variant: Variant | None) -> None:
     """Draw what the recipe will take, its name, goals, and the button."""
     with st.container(border=True):
         if variant is not None:
-            _prediction(lab, variant)
+            draw = errors.guarded(_prediction)
+            if _is_tried(variant):
+                draw = st.fragment(draw, run_every=1.0)
+            draw(lab, variant)
         with st.container(horizontal=True):
             if draft.recipe.passes:
                 st.text_input(
@@ -277,8 +280,12 @@ def _prediction(lab: Lab, variant: Variant) -> None:
         )
         if known.parameters != known.parameters_after:
             st.metric("Parameters", shown.parameters(known.parameters_after))
-        if variant.recipe.passes and not variant.blocked_by:
-            st.fragment(errors.guarded(_tried), run_every=1.0)(lab, variant)
+        if _is_tried(variant):
+            _tried(lab, variant)
+
+
+def _is_tried(variant: Variant) -> bool:
+    return bool(variant.recipe.passes) and not variant.blocked_by
 
 
 def _tried(lab: Lab, variant: Variant) -> None:
