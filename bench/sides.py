@@ -80,9 +80,8 @@ class Ours(Program):
             made = build_random(spec, placement)
         else:
             checkpoint = Catalogue(models_dir()).checkpoint(model)
-            as_stored = any(one.converts for one in passes.passes[:1])
             spec = checkpoint.spec
-            made = build(checkpoint, placement, dropping(), as_stored=as_stored)
+            made = build(checkpoint, placement, dropping(), as_stored=passes.converts)
         for one in passes.passes:
             made = one.apply(made, PassContext(placement=placement, progress=dropping()))
         self.engine = Engine(made, byte_tokenizer(spec.vocabulary))

@@ -107,6 +107,11 @@ class Recipe(BaseModel):
         """Whether a pass looks at a text."""
         return any(one.needs_calibration for one in self.passes)
 
+    @property
+    def converts(self) -> bool:
+        """Whether its first pass takes the weights as a file has them, see ``Pass.converts``."""
+        return bool(self.passes) and self.passes[0].converts
+
     def begins_with(self, other: Recipe) -> bool:
         """Return whether this recipe goes on where ``other`` ends, on the same text."""
         same_text = self.calibration == other.calibration or not other.needs_calibration

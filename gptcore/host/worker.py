@@ -349,7 +349,7 @@ class Worker:
                 "choose the model again."
             )
         context.tokenizer = self._catalogue.tokenizer(model_name)
-        as_stored = any(one.converts for one in variant.recipe.passes[:1])
+        as_stored = variant.recipe.converts
         model = weights.build(checkpoint, placement, progress, as_stored=as_stored)
         return model, context, 0, checkpoint
 

@@ -378,8 +378,7 @@ def take_over(model: nn.Module) -> int:
     for name in [name for name, one in model.named_modules() if isinstance(one, TAKEN)]:
         replaced = cast(PackedLinear, model.get_submodule(name))
         if layer := NativeLinear.in_place_of(replaced, arena):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(name, layer)
             taken += 1
     embedding, head = getattr(model, "embedding", None), getattr(model, "head", None)
     if type(embedding) is PackedEmbedding:
